@@ -93,6 +93,8 @@ class VWLmmPreTrainedModel(LlavaPreTrainedModel):
 class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
     """LLaVA's vision tower, projector and LLM without its head, and the VM head, a linear map from d to V."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # of the checkpoint of a model with a head
+
     def __init__(self, config: VWLmmConfig):
         super(LlavaModel, self).__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -139,6 +141,18 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
             or not any(parameter.requires_grad for parameter in self.language_model.parameters())
         )
 
+    def _no_image_features(self, inputs_embeds):
+        """Features of no image, (0, patches, d), that depend on the vision tower and the projector."""
+        channels = getattr(self.config.vision_config, "num_channels", 3)
+        # Attention does not take an empty batch, so one image is read, in eval mode for it to leave no statistics
+        training = self.vision_tower.training
+        self.vision_tower.eval()
+        features = self.get_image_features(
+            inputs_embeds.new_zeros(1, channels, *self.config.image_size), return_dict=True
+        ).pooler_output[:0]
+        self.vision_tower.train(training)
+        return features.to(inputs_embeds.device, inputs_embeds.dtype)
+
     @can_return_tuple
     def forward(
         self,
@@ -163,8 +177,6 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
             image_mask = input_ids == self.config.image_token_id
             # The placeholder may lie beyond the vocabulary, and its embedding is replaced in any case
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
-            if pixel_values is None and self._needs_image_graph():
-                pixel_values = inputs_embeds.new_zeros(0, 3, *self.config.image_size)
             image_outputs = (mm_encoder_outputs or {}).get("image")
             if image_outputs is None and pixel_values is not None:
                 image_outputs = self.get_image_features(
@@ -178,6 +190,8 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
                 if isinstance(image_features, list):  # regrouped by `generate`
                     image_features = torch.stack(image_features)
                 image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            elif self._needs_image_graph():
+                image_features = self._no_image_features(inputs_embeds)
             # A single token has been generated, so it is no placeholder: nothing to count while decoding
             if image_features is not None or input_ids.shape[1] > 1:
                 self._check_placeholders(image_mask, image_features)
@@ -204,8 +218,8 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         torch_compilable_check(
             found == images * patches,
             lambda: (
-                f"Image features and image tokens do not match: {found} placeholders (id {self.config.image_token_id}) "
-                f"in input_ids, but {images} image(s) of {patches} patches need {images * patches}"
+                f"input_ids hold {found} image placeholders (id {self.config.image_token_id}), but {images} image(s) of "
+                f"{patches} patches need {images * patches}"
             ),
         )
 
@@ -298,9 +312,10 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
             )
             if self.config.visual_word_loss_weight and outputs.image_hidden_states is not None:
                 total, positions = self.visual_word_loss(outputs, attention_mask)
-                if positions > 0:
-                    vw_loss = total / positions
-                    loss = lm_loss + self.config.visual_word_loss_weight * vw_loss
+                mean = total / positions.clamp(min=1)
+                vw_loss = mean if positions > 0 else None
+                # The mean over no positions is 0, but still reaches the VM head
+                loss = lm_loss + self.config.visual_word_loss_weight * mean
 
         return VWLmmCausalLMOutputWithPast(
             loss=loss,

@@ -1,0 +1,30 @@
+# Everything runs in a virtual environment that the first target that needs it makes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# torch's default build on Linux brings gigabytes of CUDA libraries; any build of this release does
+TORCH ?= torch==2.13.0
+
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: quickstart test quality style
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[quickstart,test,quality]"
+	touch $@
+
+quickstart: $(VENV)/installed
+	$(BIN)/python recipes/quickstart/run.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q
+
+quality: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

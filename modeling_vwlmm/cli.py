@@ -1,0 +1,183 @@
+"""The command line: `vwlmm VERB ...`, or `python -m modeling_vwlmm VERB ...`."""
+
+import argparse
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+
+@dataclass
+class TrainArguments:
+    """What a recipe trains on, beside the fields of [`VWLmmSFTConfig`]."""
+
+    model: str = field(metadata={"help": "Folder or repository of the model to start from."})
+    dataset: str = field(
+        metadata={
+            "help": "A .json or .jsonl file in LLaVA's format, with image_folder; easy-vqa/caption or "
+            "easy-vqa/conversation; or a dataset in TRL's vision format, its repository or a folder written by "
+            "`Dataset.save_to_disk`."
+        }
+    )
+    image_folder: str | None = field(default=None, metadata={"help": "Folder of the images that a data file names."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+
+
+def load_dataset(name, image_folder=None, split="train"):
+    """The dataset that a recipe names, see [`TrainArguments`]."""
+    from . import data
+
+    if name.startswith("easy-vqa/"):
+        return data.easy_vqa(split, name.removeprefix("easy-vqa/"))
+    if name.endswith((".json", ".jsonl")):
+        if image_folder is None:
+            raise ValueError(f"dataset {name} is a data file, so image_folder must say where its images are")
+        return data.load_conversations(name, image_folder)
+
+    import datasets
+
+    if Path(name).is_dir():
+        dataset = datasets.load_from_disk(name)
+        return dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
+    return datasets.load_dataset(name, split=split)
+
+
+def train(argv):
+    import yaml
+    from transformers import AutoProcessor
+    from trl import TrlParser
+
+    from .modeling_vwlmm import VWLmmForCausalLM
+    from .trainer import VWLmmSFTConfig, VWLmmSFTTrainer
+
+    parser = TrlParser((TrainArguments, VWLmmSFTConfig), prog="vwlmm train")
+    parser.epilog = "example: vwlmm train --config recipes/stage2_instruct.yaml --learning_rate 1e-5"
+    parser.add_argument("--config", help="the recipe, a YAML file of the fields below; arguments override it")
+    if "--config" in argv[:-1]:
+        recipe = argv[argv.index("--config") + 1]
+        with open(recipe) as file:
+            given = yaml.safe_load(file)
+        if not isinstance(given, dict):
+            raise ValueError(f"{recipe} is not a recipe: expected a YAML mapping of fields to values")
+        known = [f.name for kind in (TrainArguments, VWLmmSFTConfig) for f in fields(kind)] + ["env"]
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                raise ValueError(f'{recipe}: unknown field "{name}"' + (f', is "{close[0]}" meant?' if close else ""))
+    arguments, config = parser.parse_args_and_config(argv)
+
+    dataset = load_dataset(arguments.dataset, arguments.image_folder, arguments.dataset_split)
+    model = VWLmmForCausalLM.from_pretrained(arguments.model, **{"dtype": "float32", **(config.model_init_kwargs or {})})
+    config.model_init_kwargs = None
+    trainer = VWLmmSFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        processing_class=AutoProcessor.from_pretrained(arguments.model),
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+
+
+def _load(folder):
+    import torch
+    from transformers import AutoProcessor
+
+    from .modeling_vwlmm import VWLmmForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = VWLmmForCausalLM.from_pretrained(folder).to(device).eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def _open(paths):
+    from .data import open_images
+
+    return open_images({"images": [{"path": path, "bytes": None} for path in paths]})
+
+
+def generate(argv):
+    parser = argparse.ArgumentParser(
+        prog="vwlmm generate",
+        description="Answer a question about images, word by word.",
+        epilog='example: vwlmm generate runs/quickstart/joint cat.png --prompt "what is this?"',
+    )
+    parser.add_argument("model", help="folder or repository")
+    parser.add_argument("images", nargs="+", metavar="image")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    arguments = parser.parse_args(argv)
+
+    from transformers import TextStreamer
+
+    images = _open(arguments.images)
+    model, processor = _load(arguments.model)
+    content = [{"type": "image", "image": image} for image in images]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": arguments.prompt}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(
+        **inputs.to(model.device, model.dtype),
+        max_new_tokens=arguments.max_new_tokens,
+        do_sample=False,
+        streamer=streamer,
+    )
+
+
+def words(argv):
+    parser = argparse.ArgumentParser(
+        prog="vwlmm words",
+        description="Draw the most probable visual word of every patch over the images.",
+        epilog="example: vwlmm words runs/quickstart/joint a.png b.png --output words.png",
+    )
+    parser.add_argument("model", help="folder or repository")
+    parser.add_argument("images", nargs="+", metavar="image")
+    parser.add_argument("--output", help="the picture to write")
+    parser.add_argument("--json", action="store_true", help="print the words and probabilities of every patch")
+    parser.add_argument("--top", type=int, default=3, help="words a patch in the JSON")
+    arguments = parser.parse_args(argv)
+    if not (arguments.output or arguments.json):
+        parser.error("nothing to do: give --output FILE.png, --json or both")
+
+    from .words import draw_words, top_words
+
+    images = _open(arguments.images)
+    model, processor = _load(arguments.model)
+    found = top_words(model, processor, images, k=arguments.top)
+    if arguments.output:
+        draw_words(processor, images, found).save(arguments.output)
+    if arguments.json:
+        print(json.dumps([{"image": path, "patches": patches} for path, patches in zip(arguments.images, found, strict=True)]))
+
+
+VERBS = {"train": train, "generate": generate, "words": words}
+USAGE = """usage: vwlmm VERB ...
+
+  train     one stage or recipe:  vwlmm train --config recipes/quickstart/stage1_align.yaml
+  generate  answer a question:    vwlmm generate MODEL IMAGE [IMAGE ...] --prompt TEXT
+  words     draw visual words:    vwlmm words MODEL IMAGE [IMAGE ...] --output FILE.png
+
+vwlmm VERB --help says more."""
+
+
+def main(argv=None):
+    """Run a verb. Exit status 2 and one line on stderr for a wrong call or bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if not argv or argv[0] not in VERBS:
+        print(USAGE if not argv else f'vwlmm: no verb "{argv[0]}", there are: {", ".join(VERBS)}', file=sys.stderr)
+        sys.exit(2)
+    try:
+        VERBS[argv[0]](argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"vwlmm {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
