@@ -68,7 +68,9 @@ def train(argv):
     arguments, config = parser.parse_args_and_config(argv)
 
     dataset = load_dataset(arguments.dataset, arguments.image_folder, arguments.dataset_split)
-    model = VWLmmForCausalLM.from_pretrained(arguments.model, **{"dtype": "float32", **(config.model_init_kwargs or {})})
+    model = VWLmmForCausalLM.from_pretrained(
+        arguments.model, **{"dtype": "float32", **(config.model_init_kwargs or {})}
+    )
     config.model_init_kwargs = None
     trainer = VWLmmSFTTrainer(
         model=model,
@@ -154,7 +156,11 @@ def words(argv):
     if arguments.output:
         draw_words(processor, images, found).save(arguments.output)
     if arguments.json:
-        print(json.dumps([{"image": path, "patches": patches} for path, patches in zip(arguments.images, found, strict=True)]))
+        print(
+            json.dumps(
+                [{"image": path, "patches": patches} for path, patches in zip(arguments.images, found, strict=True)]
+            )
+        )
 
 
 VERBS = {"train": train, "generate": generate, "words": words}

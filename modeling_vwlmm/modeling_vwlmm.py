@@ -10,7 +10,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaPreTrainedModel,
-    LogitsProcessorList,
 )
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import slice_logits_to_keep
@@ -208,9 +207,7 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
             inputs_embeds=inputs_embeds,
             **{**kwargs, "return_dict": True},
         )
-        return VWLmmModelOutputWithPast(
-            **{**outputs, "image_hidden_states": image_features, "image_mask": image_mask}
-        )
+        return VWLmmModelOutputWithPast(**{**outputs, "image_hidden_states": image_features, "image_mask": image_mask})
 
     def _check_placeholders(self, image_mask, image_features):
         found = image_mask.sum()
@@ -218,8 +215,8 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         torch_compilable_check(
             found == images * patches,
             lambda: (
-                f"input_ids hold {found} image placeholders (id {self.config.image_token_id}), but {images} image(s) of "
-                f"{patches} patches need {images * patches}"
+                f"input_ids hold {found} image placeholders (id {self.config.image_token_id}), but {images} image(s) "
+                f"of {patches} patches need {images * patches}"
             ),
         )
 
@@ -327,26 +324,6 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-
-    def _get_logits_processor(self, *args, **kwargs):
-        processors = super()._get_logits_processor(*args, **kwargs)
-        return _TextLogitsProcessorList(self.config.image_token_id, processors)
-
-
-class _TextLogitsProcessorList(LogitsProcessorList):
-    """Logits processors that never meet a placeholder, which may lie beyond the logits that they index.
-
-    Repetition penalties and the like see another token of the same row in its place.
-    """
-
-    def __init__(self, image_token_id, processors):
-        super().__init__(processors)
-        self.image_token_id = image_token_id
-
-    def __call__(self, input_ids, scores, **kwargs):
-        is_image = input_ids == self.image_token_id
-        text_token = input_ids.masked_fill(is_image, 0).amax(dim=1, keepdim=True)
-        return super().__call__(torch.where(is_image, text_token, input_ids), scores, **kwargs)
 
 
 __all__ = ["VWLmmForCausalLM", "VWLmmModel", "VWLmmPreTrainedModel"]

@@ -187,7 +187,9 @@ class VWLmmSFTTrainer(SFTTrainer):
             raise TypeError(f"args must be a VWLmmSFTConfig, got a {type(args).__name__}")
         if isinstance(model, str):
             # TRL looks for classes in transformers alone
-            model = VWLmmForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **(args.model_init_kwargs or {})})
+            model = VWLmmForCausalLM.from_pretrained(
+                model, **{"dtype": torch.float32, **(args.model_init_kwargs or {})}
+            )
             args.model_init_kwargs = None
         base_model = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base_model, VWLmmForCausalLM):

@@ -25,7 +25,10 @@ def top_words(model, processor, images, k=3):
     values, indices = probabilities.topk(k, dim=-1)
     tokens = [processor.tokenizer.decode([index]).strip() for index in range(probabilities.shape[-1])]
     return [
-        [list(zip((tokens[i] for i in patch_indices), patch_values, strict=True)) for patch_indices, patch_values in zip(*patches, strict=True)]
+        [
+            list(zip((tokens[i] for i in patch_indices), patch_values, strict=True))
+            for patch_indices, patch_values in zip(*patches, strict=True)
+        ]
         for patches in zip(indices.tolist(), values.tolist(), strict=True)
     ]
 
@@ -66,7 +69,9 @@ def draw_words(processor, images, words, captions=None, size=384, columns=2):
         picture.paste(seen, (left, top))
         picture.paste(_overlay(seen, patches), (left + size + margin // 2, top))
         if captions:
-            draw.text((left, top + size + line // 4), captions[index], fill="black", font=ImageFont.load_default(line * 0.6))
+            draw.text(
+                (left, top + size + line // 4), captions[index], fill="black", font=ImageFont.load_default(line * 0.6)
+            )
     return picture
 
 
@@ -81,7 +86,11 @@ def _overlay(image, patches):
     for index, patch in enumerate(patches):
         word, probability = patch[0]
         x, y = index % side * cell, index // side * cell
-        draw.rectangle((x, y, x + cell, y + cell), fill=(255, 255, 255, 90 + round(150 * probability)), outline=(255, 255, 255, 255))
+        draw.rectangle(
+            (x, y, x + cell, y + cell),
+            fill=(255, 255, 255, 90 + round(150 * probability)),
+            outline=(255, 255, 255, 255),
+        )
         font = ImageFont.load_default(_font_size(word, cell))
         draw.text((x + cell / 2, y + cell / 2), word, fill=(0, 0, 0, 255), font=font, anchor="mm")
     return Image.alpha_composite(image, layer).convert("RGB")

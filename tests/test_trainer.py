@@ -53,10 +53,13 @@ def conversations(images=(1, 0, 2, 1)):
         messages = [{"role": "user", "content": f"w20 w{21 + i}"}, {"role": "assistant", "content": answer}]
         rows.append({"images": [picture(10 * i + k) for k in range(count)], "messages": (1 + i % 2) * messages})
     return datasets.Dataset.from_list(
-        rows, features=datasets.Features({
-            "images": datasets.List(datasets.Image()),
-            "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
-        })
+        rows,
+        features=datasets.Features(
+            {
+                "images": datasets.List(datasets.Image()),
+                "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
+            }
+        ),
     )
 
 
@@ -302,7 +305,9 @@ def test_text_without_an_image_column_trains(tmp_path):
 
 def test_images_that_do_not_fit_are_an_error_and_text_is_cut(tmp_path):
     trainer = trainer_of(tmp_path, max_length=8)  # the sample of two images needs 1 + 2 * 4
-    with pytest.raises(ValueError, match=r"sample 2 has 18 tokens, 8 of them image placeholders that end at token 9: .* max_length 8"):
+    with pytest.raises(
+        ValueError, match=r"sample 2 has 18 tokens, 8 of them image placeholders that end at token 9: .* max_length 8"
+    ):
         batch_of(trainer)
     assert batch_of(trainer_of(tmp_path, max_length=9))["input_ids"].shape == (4, 9)
 
@@ -312,9 +317,20 @@ def test_bad_batches_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no token of the batch is a label.*sample 0"):
         batch_of(trainer_of(tmp_path, dataset=nobody_answers))
 
-    one_too_few = conversations().map(lambda row: {"images": row["images"][:1], "messages": [
-        {"role": m["role"], "content": [{"type": "image", "text": None}] * (2 * (m["role"] == "user")) + [{"type": "text", "text": m["content"]}]} for m in row["messages"]
-    ]}, features=None)
+    one_too_few = conversations().map(
+        lambda row: {
+            "images": row["images"][:1],
+            "messages": [
+                {
+                    "role": m["role"],
+                    "content": [{"type": "image", "text": None}] * (2 * (m["role"] == "user"))
+                    + [{"type": "text", "text": m["content"]}],
+                }
+                for m in row["messages"]
+            ],
+        },
+        features=None,
+    )
     with pytest.raises(ValueError, match="image"):
         batch_of(trainer_of(tmp_path, dataset=one_too_few))
 

@@ -16,7 +16,7 @@ from modeling_vwlmm import VWLmmConfig, VWLmmForCausalLM
 
 
 VOCAB_SIZE = 99
-# An image token just beyond the vocabulary, the usual case here, inside it, and beyond tokens that were added before it
+# An image token just beyond the vocabulary, the usual case here, inside it, and beyond other tokens added before it
 IMAGE_BEYOND, IMAGE_WITHIN, IMAGE_FAR_BEYOND = 99, 98, 1234
 IMAGE = "image"
 # A row each: lengths of its texts, and its images. The last one starts with an image
