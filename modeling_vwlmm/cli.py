@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 
 @dataclass
 class TrainArguments:
@@ -65,7 +67,7 @@ def train(argv):
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, n=1)
                 raise ValueError(f'{recipe}: unknown field "{name}"' + (f', is "{close[0]}" meant?' if close else ""))
-    arguments, config = parser.parse_args_and_config(argv)
+    arguments, config, *_ = parser.parse_args_and_config(argv)
 
     dataset = load_dataset(arguments.dataset, arguments.image_folder, arguments.dataset_split)
     model = VWLmmForCausalLM.from_pretrained(
@@ -86,9 +88,14 @@ def train(argv):
 def _load(folder):
     import torch
     from transformers import AutoProcessor
+    from transformers.utils import logging
 
     from .modeling_vwlmm import VWLmmForCausalLM
 
+    # What does not load is told in one line, not in a table
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = VWLmmForCausalLM.from_pretrained(folder).to(device).eval()
     return model, AutoProcessor.from_pretrained(folder)
@@ -184,6 +191,6 @@ def main(argv=None):
         sys.exit(2)
     try:
         VERBS[argv[0]](argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         print(f"vwlmm {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

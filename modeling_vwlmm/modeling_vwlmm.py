@@ -185,10 +185,7 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
                     return_dict=True,
                 )
             if image_outputs is not None:
-                image_features = image_outputs.pooler_output
-                if isinstance(image_features, list):  # regrouped by `generate`
-                    image_features = torch.stack(image_features)
-                image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+                image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             elif self._needs_image_graph():
                 image_features = self._no_image_features(inputs_embeds)
             # A single token has been generated, so it is no placeholder: nothing to count while decoding

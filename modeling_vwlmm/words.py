@@ -44,7 +44,7 @@ def seen_image(processor, image):
 def draw_words(processor, images, words, captions=None, size=384, columns=2):
     """A picture of images, each beside itself with the most probable word of every patch laid over it.
 
-    The more probable a word, the less of the patch shows through behind it.
+    The more probable a word, the darker it is.
 
     Args:
         processor ([`~transformers.LlavaProcessor`]): the model's.
@@ -86,13 +86,11 @@ def _overlay(image, patches):
     for index, patch in enumerate(patches):
         word, probability = patch[0]
         x, y = index % side * cell, index // side * cell
-        draw.rectangle(
-            (x, y, x + cell, y + cell),
-            fill=(255, 255, 255, 90 + round(150 * probability)),
-            outline=(255, 255, 255, 255),
-        )
+        draw.rectangle((x, y, x + cell, y + cell), fill=(255, 255, 255, 120), outline=(0, 0, 0, 40))
         font = ImageFont.load_default(_font_size(word, cell))
-        draw.text((x + cell / 2, y + cell / 2), word, fill=(0, 0, 0, 255), font=font, anchor="mm")
+        draw.text(
+            (x + cell / 2, y + cell / 2), word, fill=(0, 0, 0, 70 + round(185 * probability)), font=font, anchor="mm"
+        )
     return Image.alpha_composite(image, layer).convert("RGB")
 
 
@@ -100,4 +98,4 @@ def _font_size(word, cell):
     """The largest size at which the word fits its cell, so that it can be read."""
     reference = 100
     width = ImageFont.load_default(reference).getlength(word or " ")
-    return max(4.0, min(cell * 0.32, 0.9 * cell * reference / width))
+    return max(4.0, min(cell * 0.26, 0.85 * cell * reference / width))

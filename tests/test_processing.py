@@ -1,0 +1,76 @@
+"""The processor: as many placeholders as patches, and LLaVA-1.5's square padding."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_trainer import picture, tiny_processor
+from tiny import IMAGE_WITHIN, TOWERS, tiny_config, tiny_model
+from transformers import AutoProcessor, LlavaProcessor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from modeling_vwlmm.processing import make_processor
+
+
+PUBLISHED = Path(__file__).parent / "data" / "published"
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_an_image_takes_a_placeholder_a_patch(tmp_path, tower):
+    model = tiny_model(tower=tower)
+    tiny_processor(model.config).save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert type(processor) is LlavaProcessor
+    inputs = processor(
+        images=[[picture(0)], [picture(1, (9, 40)), picture(2)]],
+        text=["w5 <image> w6", "<image> w7 <image>"],
+        padding=True,
+        return_tensors="pt",
+    )
+    placeholders = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
+    assert placeholders == [model.config.image_seq_length, 2 * model.config.image_seq_length]
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_pixel_values_are_the_published_ones_for_wide_and_tall_images():
+    published = load_file(PUBLISHED / "preprocess.safetensors")
+    config = tiny_config()
+    config.vision_config.image_size = 56
+    processor = tiny_processor(config)
+    processor = make_processor(config, processor.tokenizer, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    images = [Image.fromarray(published[name].numpy()) for name in ("wide_uint8", "tall_uint8")]
+    pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    grey_level = 1 / 255 / torch.tensor(OPENAI_CLIP_STD).view(1, 3, 1, 1)
+    assert ((pixel_values - published["pixel_values"]).abs() <= 1.001 * grey_level).all()
+
+
+def test_images_are_padded_with_the_mean_colour_or_cropped():
+    def corner_and_centre(**config):
+        processor = tiny_processor(tiny_config(**config))
+        image = Image.new("RGB", (64, 16), (255, 0, 0))
+        pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixel_values[:, 0, 0].tolist(), pixel_values[:, 8, 8].tolist()
+
+    padded, centre = corner_and_centre()
+    assert padded == pytest.approx([127 / 255 * 2 - 1] * 3, abs=1e-6) and centre == pytest.approx([1, -1, -1])
+    cropped, centre = corner_and_centre(image_aspect_ratio="crop")
+    assert cropped == centre == pytest.approx([1, -1, -1])
+
+
+def test_torchvision_is_not_needed():
+    assert importlib.util.find_spec("torchvision") is None
+
+
+def test_an_image_token_that_is_not_the_configs_is_an_error():
+    processor = tiny_processor(tiny_config())
+    with pytest.raises(ValueError, match="<image> is token 99, but the config's image_token_id is 98"):
+        make_processor(tiny_config(image_token_index=IMAGE_WITHIN), processor.tokenizer, [0.5] * 3, [0.5] * 3)
+
+
+def test_images_that_do_not_match_their_placeholders_are_an_error():
+    processor = tiny_processor(tiny_config())
+    with pytest.raises(ValueError, match="Found total 2 <image> tokens and 1 images"):
+        processor(images=[picture(0)], text=["<image> w5 <image>"])
