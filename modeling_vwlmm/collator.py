@@ -1,5 +1,6 @@
 """Batches of conversations with images."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from .data import open_images
+from .processing import IMAGE_PARTS
 
 
 @dataclass
@@ -32,14 +34,16 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         self.max_row_length, self.max_length = self.max_length, None
         self.assistant_turns_only, self.assistant_only_loss = self.assistant_only_loss, False
         template = self.chat_template or self.processor.chat_template
-        if isinstance(template, dict):
-            template = template["default"]
-        if not has_generation_markers(template):
+        self.training_template = template["default"] if isinstance(template, dict) else template
+        if template is not None and not has_generation_markers(template):
+            # TRL knows the templates of many LLMs, and has versions of them with markers
+            tokenizer = copy.copy(self.processor.tokenizer)
+            tokenizer.chat_template = self.training_template.removeprefix(IMAGE_PARTS)
             try:
-                template = get_training_chat_template(self.processor) or template
-            except ValueError:  # not one that TRL knows: the turns are told apart by rendering them one by one
-                pass
-        self.training_template = template
+                marked = get_training_chat_template(tokenizer) or tokenizer.chat_template
+            except ValueError:
+                marked = tokenizer.chat_template
+            self.training_template = self.training_template.replace(tokenizer.chat_template, marked)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         names = [_sample_name(example) for example in examples]

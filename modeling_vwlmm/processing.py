@@ -6,6 +6,30 @@ from transformers import LlavaImageProcessorPil, LlavaProcessor
 
 
 IMAGE_TOKEN = "<image>"
+# Before the chat template of an LLM, which knows texts alone: turns lists of parts into texts, an image on a line of
+# its own before the text that follows it, as in LLaVA
+IMAGE_PARTS = """{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+    {%- if message["content"] is string or not message["content"] -%}
+        {%- set flat.messages = flat.messages + [message] -%}
+    {%- else -%}
+        {%- set content = namespace(text="") -%}
+        {%- for part in message["content"] -%}
+            {%- if part["type"] == "image" -%}
+                {%- set content.text = content.text + "<image>" -%}
+                {%- set next = loop.nextitem if not loop.last else {} -%}
+                {%- if next["type"] == "text" and next["text"] and not next["text"].startswith("\\n") -%}
+                    {%- set content.text = content.text + "\\n" -%}
+                {%- endif -%}
+            {%- else -%}
+                {%- set content.text = content.text + part["text"] -%}
+            {%- endif -%}
+        {%- endfor -%}
+        {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
 
 
 def make_processor(config, tokenizer, image_mean, image_std, chat_template=None, resample=None):
@@ -19,7 +43,8 @@ def make_processor(config, tokenizer, image_mean, image_std, chat_template=None,
             The LLM's. An image token is added to it if it has none.
         image_mean, image_std (`list[float]`): a channel each, what the vision tower was trained with, for pixel
             values in 0 to 1. The mean is also the colour that pads an image to a square.
-        chat_template (`str`, *optional*): the tokenizer's own if not given.
+        chat_template (`str`, *optional*):
+            The tokenizer's own if not given. One that has no place for images gets [`IMAGE_PARTS`] before it.
         resample (`int`, *optional*): PIL's filter, bicubic if not given.
 
     Raises:
@@ -32,6 +57,9 @@ def make_processor(config, tokenizer, image_mean, image_std, chat_template=None,
             f"the tokenizer's {IMAGE_TOKEN} is token {image_token_id}, but the config's image_token_id is "
             f"{config.image_token_id}"
         )
+    chat_template = chat_template or tokenizer.chat_template
+    if chat_template is not None and "image" not in chat_template:
+        chat_template = IMAGE_PARTS + chat_template
     height, width = config.image_size
     # LLaVA's processor counts (height // patch_size) * (width // patch_size) + additional tokens, less a CLS token
     patch_size = round(math.sqrt(height * width / config.image_seq_length))
@@ -51,5 +79,5 @@ def make_processor(config, tokenizer, image_mean, image_std, chat_template=None,
         num_additional_image_tokens=additional,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         image_token=IMAGE_TOKEN,
-        chat_template=chat_template or tokenizer.chat_template,
+        chat_template=chat_template,
     )

@@ -1,8 +1,11 @@
 """The trainer: TRL's with the visual-word loss, in the four stages."""
 
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
+import trl
 from PIL import Image
 from tiny import IMAGE_WITHIN, randomize, tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -353,3 +356,30 @@ def test_arguments_are_checked(tmp_path):
     llava = randomize(LlavaForConditionalGeneration(LlavaConfig(**tiny_config().to_dict() | {"model_type": "llava"})))
     with pytest.raises(TypeError, match="must be a VWLmmForCausalLM, got a LlavaForConditionalGeneration"):
         VWLmmSFTTrainer(llava, sft_config(tmp_path), train_dataset=conversations())
+
+
+TRLS_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen2_5"])
+def test_an_llms_own_template_takes_images_and_labels_every_turn(tmp_path, name):
+    template = (TRLS_TEMPLATES / f"{name}.jinja").read_text()
+    trainer = trainer_of(tmp_path, template=template)
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w5"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "w6"}]},
+    ]
+    text = trainer.processing_class.apply_chat_template(messages)
+    plain = [{"role": "user", "content": "<image>\nw5"}, {"role": "assistant", "content": "w6"}]
+    assert text == trainer.processing_class.tokenizer.apply_chat_template(
+        plain, chat_template=template, tokenize=False
+    )
+
+    collator = trainer.data_collator
+    for example in trainer.train_dataset:
+        text, spans = collator._render({**example, "images": example["images"]})
+        said = [text[start:end] for start, end in spans]
+        answers = [m["content"] for m in example["messages"] if m["role"] == "assistant"]
+        assert len(said) == len(answers)
+        for span, answer in zip(said, answers, strict=True):
+            assert answer in span and "w20" not in span

@@ -1,10 +1,11 @@
 """What a quickstart model has learnt: answers to the test questions, and what its visual words name."""
 
-import re
+import argparse
 from collections import Counter, defaultdict
 
 import numpy as np
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoProcessor
 
 from modeling_vwlmm.data import easy_vqa, open_images
 from modeling_vwlmm.words import seen_image, top_words
@@ -47,18 +48,37 @@ def object_share(image, side):
     return is_object.reshape(side, cell, side, cell).mean((1, 3)).reshape(-1)
 
 
-def naming_share(model, processor):
-    """Of the patches that an object mostly covers, the share of which a word among the three most probable is its
-    colour or its shape; the same where every image is given the next one's colour and shape; and their number."""
+def naming_share(model, processor, k=3):
+    """Whether visual words name what their patches show.
+
+    Of the patches that an object mostly covers, the share of which a word among the k most probable is its colour or
+    its shape; the same where every image is given the next one's colour and shape, as a control; and their number.
+    """
     rows = easy_vqa("test", "caption").to_list()
     images = [open_images(row)[0] for row in rows]
-    names = [set(re.findall(r"\w+", row["messages"][-1]["content"][0]["text"])) - {"a"} for row in rows]
+    names = [set(row["messages"][-1]["content"][0]["text"].split()[1:]) for row in rows]
     side = round(model.config.image_seq_length**0.5)
-    words = top_words(model, processor, images)
-    hits = {0: [], 1: []}
-    for i, (image, patches) in enumerate(zip(images, words, strict=True)):
+    own, shuffled = [], []
+    for i, (image, patches) in enumerate(zip(images, top_words(model, processor, images, k), strict=True)):
         for share, patch in zip(object_share(seen_image(processor, image), side), patches, strict=True):
             if share > 0.5:
-                for shift, found in hits.items():
-                    found.append(not names[(i + shift) % len(names)].isdisjoint(word for word, _ in patch))
-    return np.mean(hits[0]), np.mean(hits[1]), len(hits[0])
+                words = {word for word, _ in patch}
+                own.append(not words.isdisjoint(names[i]))
+                shuffled.append(not words.isdisjoint(names[(i + 1) % len(names)]))
+    return np.mean(own), np.mean(shuffled), len(own)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure a quickstart model.")
+    parser.add_argument("model", help="its folder")
+    folder = parser.parse_args().model
+    model, processor = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    right, _ = accuracy(model, processor)
+    print("right answers, %:", ", ".join(f"{kind} {100 * share:.2f}" for kind, share in right.items()))
+    for k in (1, 3):
+        own, shuffled, patches = naming_share(model, processor, k)
+        print(f"patches of {patches} named by the top {k}, %: {100 * own:.1f}, shuffled {100 * shuffled:.1f}")
+
+
+if __name__ == "__main__":
+    main()
