@@ -17,8 +17,8 @@ class TrainArguments:
     model: str = field(metadata={"help": "Folder or repository of the model to start from."})
     dataset: str = field(
         metadata={
-            "help": "A .json or .jsonl file in LLaVA's format, with image_folder; easy-vqa/caption or "
-            "easy-vqa/conversation; or a dataset in TRL's vision format, its repository or a folder written by "
+            "help": "A .json or .jsonl file in LLaVA's format, with image_folder; easy-vqa/caption, "
+            "easy-vqa/conversation or easy-vqa/shuffled-conversation; or a dataset in TRL's vision format, its repository or a folder written by "
             "`Dataset.save_to_disk`."
         }
     )

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import stat
 import warnings
@@ -94,6 +95,8 @@ def easy_vqa(split: str, task: str) -> Dataset:
             "caption": an image and its description, like "a blue triangle". The questions tell neither colour nor
                 shape of 422 training and 112 test images, which are left out.
             "conversation": an image and all of its questions with their answers.
+            "shuffled-conversation": the same, each image four times, with its questions in four random orders. A model
+                that will be asked one question at a time learns too little from the first ones of 4,000 conversations.
             "question": an image and one question, not answered in `messages` but in `answer`.
 
     Returns:
@@ -109,7 +112,12 @@ def easy_vqa(split: str, task: str) -> Dataset:
         "train": (source.get_train_questions, source.get_train_image_paths),
         "test": (source.get_test_questions, source.get_test_image_paths),
     }
-    tasks = {"caption": _caption_rows, "conversation": _conversation_rows, "question": _question_rows}
+    tasks = {
+        "caption": _caption_rows,
+        "conversation": _conversation_rows,
+        "shuffled-conversation": _shuffled_conversation_rows,
+        "question": _question_rows,
+    }
     if split not in splits:
         raise ValueError(f"easy_vqa: found split {split!r}, expected one of {', '.join(splits)}")
     if task not in tasks:
@@ -311,6 +319,14 @@ def _conversation_rows(questions: dict[int, list[tuple[str, str]]], paths: dict[
         turns = [turn for question, answer in answered for turn in (("human", question), ("gpt", answer))]
         turns[0] = ("human", f"{IMAGE_MARKER}\n{turns[0][1]}")
         yield _row(str(image), paths[image], turns)
+
+
+def _shuffled_conversation_rows(questions: dict[int, list[tuple[str, str]]], paths: dict[int, str]) -> Iterator[dict]:
+    order = random.Random(0)
+    for image, answered in questions.items():
+        for i in range(4):
+            row = next(_conversation_rows({image: order.sample(answered, len(answered))}, paths))
+            yield {**row, "id": f"{image}-{i}"}
 
 
 def _question_rows(questions: dict[int, list[tuple[str, str]]], paths: dict[int, str]) -> Iterator[dict]:

@@ -255,9 +255,8 @@ class VWLmmSFTTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices:
             positions = self.accelerator.reduce(positions, "sum")
         self._vw_positions_in_step = positions
-        # One entry a step, to which its micro-batches add
-        self._metrics["train"]["lm_loss"].append(0.0)
-        self._metrics["train"]["vw_loss"].append(0.0)
+        for name in ("lm_loss", "vw_loss") if batch_samples else ():
+            self._metrics["train"][name].append(0.0)  # an entry a step, to which its micro-batches add
         return batch_samples, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -540,6 +540,22 @@ def test_easy_vqa_conversations(questions):
     assert sum(len(messages) // 2 for messages in dataset["messages"]) == 9673
 
 
+def test_easy_vqa_shuffled_conversations():
+    def turns(row):
+        texts = [message["content"][-1]["text"].strip() for message in row["messages"]]
+        return list(zip(texts[::2], texts[1::2], strict=True))
+
+    dataset = easy_vqa("test", "shuffled-conversation")
+    assert len(dataset) == 4000 and dataset["id"][:5] == ["0-0", "0-1", "0-2", "0-3", "1-0"]
+    reordered = 0
+    for i, row in enumerate(easy_vqa("test", "conversation").select(range(100))):
+        orders = [turns(dataset[4 * i + k]) for k in range(4)]
+        assert all(sorted(order) == sorted(turns(row)) for order in orders)
+        assert all(dataset[4 * i + k]["messages"][0]["content"][0]["type"] == "image" for k in range(4))
+        reordered += len({tuple(order) for order in orders}) > 2
+    assert reordered > 90
+
+
 @pytest.mark.parametrize("split, images, left_out", [("train", 4000, 422), ("test", 1000, 112)])
 def test_easy_vqa_captions(split, images, left_out):
     import easy_vqa as source
@@ -580,7 +596,7 @@ def test_easy_vqa_captions_agree_with_the_pixels():
 def test_easy_vqa_refuses_other_names():
     with pytest.raises(ValueError, match="found split 'val', expected one of train, test"):
         easy_vqa("val", "caption")
-    with pytest.raises(ValueError, match="found task 'vqa', expected one of caption, conversation, question"):
+    with pytest.raises(ValueError, match="found task 'vqa', expected one of caption, conversation, shuffled-"):
         easy_vqa("test", "vqa")
 
 

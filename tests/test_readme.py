@@ -1,0 +1,77 @@
+"""The README's examples run, on tiny models in place of those they name."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from test_cli import CPU, data, model_folder  # noqa: F401
+from test_trainer import picture, tiny_processor
+from tiny import tiny_config
+from transformers import AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionModel
+
+from modeling_vwlmm.cli import main
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = re.findall(r"^vwlmm .*$", README, flags=re.MULTILINE)
+
+
+@pytest.fixture
+def local(tmp_path, monkeypatch, model_folder, data):  # noqa: F811
+    """Maps what the README names to what is here."""
+    llm, tower = tmp_path / "llm", tmp_path / "tower"
+    config = tiny_config()
+    AutoModelForCausalLM.from_config(config.text_config).save_pretrained(llm)
+    tokenizer = tiny_processor(config).tokenizer
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(llm)
+    CLIPVisionModel(config.vision_config).save_pretrained(tower)
+    CLIPImageProcessorPil().save_pretrained(tower)
+    picture(0).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "runs/quickstart/joint": str(model_folder),
+        "runs/7b/visual_words": str(model_folder),
+        "runs/7b/align": str(model_folder),
+        "lmsys/vicuna-7b-v1.5": str(llm),
+        "openai/clip-vit-large-patch14-336": str(tower),
+        "recipes/": f"{Path(__file__).parent.parent}/recipes/",
+        "learning_rate=2e-5": "use_cpu=True, bf16=False, max_steps=1, report_to='none'",
+        "what color is the shape?": "w20 w21",
+    }
+
+    def replace(text):
+        for name, here in names.items():
+            text = text.replace(name, here)
+        return text
+
+    return replace
+
+
+def test_python_examples_run(local, capsys):
+    use, ask, train, build = PYTHON
+    variables = {}
+    exec(local(use + ask), variables)
+    patches = variables["model"].config.image_seq_length
+    assert variables["words"].shape == (1, patches, 99) and isinstance(variables["answer"], str)
+    exec(local(train), variables)
+    assert variables["trainer"].state.global_step == 1
+    # The tiny tokenizer has the image token already, as the 100th
+    exec(local(build).replace("len(tokenizer)", "99"), variables)
+    loaded = AutoModelForCausalLM.from_pretrained("runs/7b/start")
+    assert loaded.config.image_token_id == 99 and "USER: " in variables["processor"].chat_template
+
+
+def test_commands_run(local, capsys):
+    assert [command.split()[1] for command in COMMANDS] == ["generate", "words", "train"]
+    for command in COMMANDS:
+        arguments = shlex.split(local(command))[1:]
+        if arguments[0] == "train":
+            arguments += [*CPU, "--max_steps", "1", "--activation_checkpointing", "false"]
+            arguments += ["--dataloader_num_workers", "0", "--per_device_train_batch_size", "2"]
+        main(arguments)
+    assert Path("words.png").stat().st_size > 0
+    assert json.loads(Path("out/trainer_state.json").read_text())["global_step"] == 1
