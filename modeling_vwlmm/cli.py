@@ -18,8 +18,8 @@ class TrainArguments:
     dataset: str = field(
         metadata={
             "help": "A .json or .jsonl file in LLaVA's format, with image_folder; easy-vqa/caption, "
-            "easy-vqa/conversation or easy-vqa/shuffled-conversation; or a dataset in TRL's vision format, its repository or a folder written by "
-            "`Dataset.save_to_disk`."
+            "easy-vqa/conversation or easy-vqa/shuffled-conversation; or a dataset in TRL's vision format, its "
+            "repository or a folder written by `Dataset.save_to_disk`."
         }
     )
     image_folder: str | None = field(default=None, metadata={"help": "Folder of the images that a data file names."})
