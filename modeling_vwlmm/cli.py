@@ -31,7 +31,10 @@ def load_dataset(name, image_folder=None, split="train"):
     from . import data
 
     if name.startswith("easy-vqa/"):
-        return data.easy_vqa(split, name.removeprefix("easy-vqa/"))
+        try:
+            return data.easy_vqa(split, name.removeprefix("easy-vqa/"))
+        except ImportError as error:
+            raise ValueError(f"dataset {name} needs the package easy-vqa: pip install easy-vqa") from error
     if name.endswith((".json", ".jsonl")):
         if image_folder is None:
             raise ValueError(f"dataset {name} is a data file, so image_folder must say where its images are")
@@ -41,7 +44,11 @@ def load_dataset(name, image_folder=None, split="train"):
 
     if Path(name).is_dir():
         dataset = datasets.load_from_disk(name)
-        return dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
+        if isinstance(dataset, datasets.DatasetDict):
+            if split not in dataset:
+                raise ValueError(f'dataset {name} has no split "{split}", but {", ".join(dataset)}')
+            dataset = dataset[split]
+        return dataset
     return datasets.load_dataset(name, split=split)
 
 
@@ -50,16 +57,20 @@ def train(argv):
     from transformers import AutoProcessor
     from trl import TrlParser
 
-    from .modeling_vwlmm import VWLmmForCausalLM
     from .trainer import VWLmmSFTConfig, VWLmmSFTTrainer
 
     parser = TrlParser((TrainArguments, VWLmmSFTConfig), prog="vwlmm train")
     parser.epilog = "example: vwlmm train --config recipes/stage2_instruct.yaml --learning_rate 1e-5"
     parser.add_argument("--config", help="the recipe, a YAML file of the fields below; arguments override it")
+    # TRL's parser looks for "--config FILE" alone
+    argv = [part for argument in argv for part in (argument.split("=", 1) if argument[:2] == "--" else [argument])]
     if "--config" in argv[:-1]:
         recipe = argv[argv.index("--config") + 1]
         with open(recipe) as file:
-            given = yaml.safe_load(file)
+            try:
+                given = yaml.safe_load(file)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{recipe} is not YAML: {error}") from error
         if not isinstance(given, dict):
             raise ValueError(f"{recipe} is not a recipe: expected a YAML mapping of fields to values")
         known = [f.name for kind in (TrainArguments, VWLmmSFTConfig) for f in fields(kind)] + ["env"]
@@ -70,17 +81,14 @@ def train(argv):
     arguments, config, *_ = parser.parse_args_and_config(argv)
 
     dataset = load_dataset(arguments.dataset, arguments.image_folder, arguments.dataset_split)
-    model = VWLmmForCausalLM.from_pretrained(
-        arguments.model, **{"dtype": "float32", **(config.model_init_kwargs or {})}
-    )
-    config.model_init_kwargs = None
     trainer = VWLmmSFTTrainer(
-        model=model,
+        model=arguments.model,
         args=config,
         train_dataset=dataset,
         processing_class=AutoProcessor.from_pretrained(arguments.model),
     )
-    trainer.train()
+    checkpoint = config.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
     trainer.save_model()
     trainer.save_state()
 

@@ -1,6 +1,7 @@
 """Batches of conversations with images."""
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import prepare_multimodal_messages
+from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from .data import open_images
@@ -33,21 +34,28 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         # TRL truncates blindly and wants generation markers, so it must not know
         self.max_row_length, self.max_length = self.max_length, None
         self.assistant_turns_only, self.assistant_only_loss = self.assistant_only_loss, False
+
+    @functools.cached_property
+    def training_template(self):
+        """The chat template, with generation markers where TRL knows a version of it that has them."""
         template = self.chat_template or self.processor.chat_template
-        self.training_template = template["default"] if isinstance(template, dict) else template
-        if template is not None and not has_generation_markers(template):
-            # TRL knows the templates of many LLMs, and has versions of them with markers
-            tokenizer = copy.copy(self.processor.tokenizer)
-            tokenizer.chat_template = self.training_template.removeprefix(IMAGE_PARTS)
-            try:
-                marked = get_training_chat_template(tokenizer) or tokenizer.chat_template
-            except ValueError:
-                marked = tokenizer.chat_template
-            self.training_template = self.training_template.replace(tokenizer.chat_template, marked)
+        if isinstance(template, dict):
+            template = template["default"]
+        if template is None:
+            raise ValueError("the processor has no chat template to render messages with")
+        if has_generation_markers(template):
+            return template
+        tokenizer = copy.copy(self.processor.tokenizer)
+        tokenizer.chat_template = template.removeprefix(IMAGE_PARTS)
+        try:
+            marked = get_training_chat_template(tokenizer) or tokenizer.chat_template
+        except ValueError:  # not one that TRL knows: the turns are told apart by rendering them one by one
+            return template
+        return template.replace(tokenizer.chat_template, marked)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         names = [_sample_name(example) for example in examples]
-        examples = [_with_images(example) for example in examples]
+        examples = [self._prepare(example, name) for example, name in zip(examples, names, strict=True)]
         batch = super().torch_call(examples)
         batch["labels"][batch["input_ids"] == self.image_token_id] = -100
         if self.max_row_length is not None:
@@ -55,6 +63,39 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         if not (batch["labels"][:, 1:] != -100).any():
             raise ValueError(f"no token of the batch is a label, nothing can be learnt from: {', '.join(names)}")
         return batch
+
+    def _prepare(self, example, name):
+        """The example with its images opened and its conversation rendered."""
+        example = dict(example)
+        images = [example.pop("image")] if "image" in example else example.get("images") or []
+        example["images"] = open_images({**example, "images": [image for image in images if image is not None]})
+        texts = [example.get(field) for field in ("prompt", "completion", self.dataset_text_field)]
+        try:
+            if "messages" in example:
+                example["rendered"] = self._render(example)
+                texts = [example["rendered"][0]]
+            elif is_conversational(example):
+                prompt = prepare_multimodal_messages(example["prompt"], images=example["images"])
+                completion = prepare_multimodal_messages(example["completion"])
+                rendered = apply_chat_template({"prompt": prompt, "completion": completion}, self.processor)
+                if self._adds_bos_token(rendered["prompt"]):
+                    rendered["prompt"] = self.processor.tokenizer.bos_token + rendered["prompt"]
+                example.update(rendered)
+                texts = list(rendered.values())
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        marker, images = self.processor.image_token, len(example["images"])
+        markers = sum(text.count(marker) for text in texts if isinstance(text, str))
+        if markers != images:
+            raise ValueError(f"{name} has {images} image(s), but {markers} {marker} markers")
+        return example
+
+    def _adds_bos_token(self, text):
+        """Whether the tokenizer is to put its beginning-of-sequence token, which published templates leave to it."""
+        tokenizer = self.processor.tokenizer
+        if tokenizer.bos_token is None or text.startswith(tokenizer.bos_token):
+            return False
+        return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
     def _truncate(self, batch, names):
         limit = self.max_row_length
@@ -69,9 +110,9 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
             batch[key] = batch[key][:, :limit]
 
     def _collate_language_modeling(self, examples):
-        if "messages" not in examples[0] or not self.assistant_turns_only:
+        if "messages" not in examples[0]:
             return super()._collate_language_modeling(examples)
-        texts, spans = zip(*(self._render(example) for example in examples), strict=True)
+        texts, spans = zip(*(example["rendered"] for example in examples), strict=True)
         images = [example["images"] for example in examples]
         bos_token = self.processor.tokenizer.bos_token
         batch = self.processor(
@@ -90,13 +131,11 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         replacements = batch.pop("text_replacement_offsets") or [[]] * len(texts)
         is_label = np.zeros(offsets.shape[:2], dtype=bool)
         for row, row_spans in enumerate(spans):
-            for start, end in row_spans:
-                gained = sum(
-                    len(replaced["replacement"]) - len(replaced["text"])
-                    for replaced in replacements[row]
-                    if replaced["span"][1] <= start
-                )
-                is_label[row] |= (offsets[row, :, 0] < end + gained) & (offsets[row, :, 1] > start + gained)
+            for span in row_spans:
+                start, end = (_expanded(place, replacements[row]) for place in span)
+                is_label[row] |= (offsets[row, :, 0] < end) & (offsets[row, :, 1] > start)
+        if not self.assistant_turns_only:
+            is_label = batch["attention_mask"].numpy().astype(bool)
         batch["labels"] = batch["input_ids"].masked_fill(~torch.from_numpy(is_label), -100)
         return batch
 
@@ -125,11 +164,13 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         return text, spans
 
 
-def _with_images(example):
-    example = dict(example)
-    if "image" in example:
-        example["images"] = [example.pop("image")]
-    return {**example, "images": open_images(example)}
+def _expanded(place, replacements):
+    """Where a place in a text is once the images before it have their placeholders."""
+    return place + sum(
+        len(replaced["replacement"]) - len(replaced["text"])
+        for replaced in replacements
+        if replaced["span"][1] <= place
+    )
 
 
 def _sample_name(example):

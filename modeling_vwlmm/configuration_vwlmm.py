@@ -1,5 +1,6 @@
 """Configuration of VW-LMM models."""
 
+import math
 from dataclasses import fields
 from typing import Literal
 
@@ -93,8 +94,12 @@ class VWLmmConfig(LlavaConfig):
             raise ValueError(
                 f"visual_vocab_size is {self.visual_vocab_size}, but the LLM has a vocabulary of {vocab_size}"
             )
-        if self.visual_word_loss_weight < 0:
+        if not 0 <= self.visual_word_loss_weight < math.inf:
             raise ValueError(f"visual_word_loss_weight is {self.visual_word_loss_weight}, expected 0 or more")
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+            if getattr(self.text_config, name, None) not in (None, 1.0):
+                # LLaVA's head, a linear map, would compute other logits than this LLM does
+                raise ValueError(f"text_config has {name}: LLMs that scale or cap their logits are not supported")
         if self.image_seq_length is None:
             self.image_seq_length = self.image_feature_shape()[0]
 

@@ -287,10 +287,11 @@ def _open_image(image: dict | PIL.Image.Image, example: dict) -> PIL.Image.Image
             with PIL.Image.open(source) as opened:
                 return opened.convert("RGB")
     except Exception as error:  # Pillow's decoders raise nearly anything on broken data
-        sample = example.get("sample_index", example.get("id", "unknown"))
-        name = None if in_memory else image["path"]
+        sample = example.get("sample_index", example.get("id"))
+        where = "" if sample is None else f"sample {sample}: "
+        name = image.get("path") if isinstance(image, dict) else None
         raise ValueError(
-            f"sample {sample}: image {name or '(in memory)'}: {type(error).__name__}: {error}, expected a whole image"
+            f"{where}image {name or '(in memory)'}: {type(error).__name__}: {error}, expected a whole image"
         ) from error
 
 

@@ -1,7 +1,10 @@
 """Supervised fine-tuning of VW-LMM models: TRL's SFTTrainer and the visual-word loss."""
 
+import copy
 import functools
+import math
 import types
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +12,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import AutoProcessor, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path
 
 from .collator import VWLmmDataCollator
 from .modeling_vwlmm import VWLmmForCausalLM
@@ -46,16 +49,17 @@ class VWLmmSFTConfig(SFTConfig):
 
     Args:
         stage (`str`, *optional*):
-            One of the paper's four, `"align"`, `"instruct"`, `"visual_words"` and `"joint"`: it sets those of the
-            fields below that are not given.
+            One of the paper's four, `"align"`, `"instruct"`, `"visual_words"` and `"joint"`: it stands for the fields
+            below, see `STAGES`, where they are not given.
         trainable (`list[str]`, *optional*):
             Which parts train, of `"vision_tower"`, `"projector"`, `"language_model"` (its head included) and
             `"vm_head"`; the others are frozen. The model's own `requires_grad` if not given.
         visual_word_loss_weight (`float`, *optional*), visual_word_target (`str`, *optional*),
         detach_visual_words (`bool`, *optional*):
             Written into the model's config, see [`VWLmmConfig`]. Left as they are there if not given.
-        assistant_only_loss (`bool`, *optional*, defaults to `True`):
-            Whether `messages` are scored on what the assistant says alone, with any chat template.
+        assistant_only_loss (`bool`, *optional*):
+            Whether `messages` are scored on what the assistant says alone, with any chat template that renders turns
+            one after another. They are, if not given.
     """
 
     stage: str | None = field(
@@ -79,25 +83,27 @@ class VWLmmSFTConfig(SFTConfig):
         default=None,
         metadata={"help": "Stop the gradient through the visual words as target. The model config's if not given."},
     )
-    assistant_only_loss: bool = field(
-        default=True, metadata={"help": "Whether to compute the text loss only on what the assistant says."}
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the text loss only on what the assistant says. So it is for `messages` if not given."
+        },
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.stage is not None:
-            if self.stage not in STAGES:
-                raise ValueError(f'stage is "{self.stage}", expected one of {", ".join(STAGES)}')
-            for name, value in STAGES[self.stage].items():
-                if getattr(self, name) is None:
-                    setattr(self, name, value)
-        unknown = set(self.trainable or []) - set(PARTS)
-        if unknown or self.trainable == []:
+        if isinstance(self.trainable, str):
+            self.trainable = [self.trainable]
+        if self.stage is not None and self.stage not in STAGES:
+            raise ValueError(f'stage is "{self.stage}", expected one of {", ".join(STAGES)}')
+        if self.trainable is not None and not (self.trainable and set(self.trainable) <= set(PARTS)):
             raise ValueError(f"trainable is {self.trainable}, expected one or more of {', '.join(PARTS)}")
         if self.visual_word_target not in (None, "visual_words", "language_model"):
             raise ValueError(
                 f'visual_word_target is "{self.visual_word_target}", expected "visual_words" or "language_model"'
             )
+        if self.visual_word_loss_weight is not None and not 0 <= self.visual_word_loss_weight < math.inf:
+            raise ValueError(f"visual_word_loss_weight is {self.visual_word_loss_weight}, expected 0 or more")
 
 
 @dataclass
@@ -134,13 +140,25 @@ def add_visual_word_loss(model):
     model.forward = types.MethodType(forward, model)
 
 
+def columns_of(dataset):
+    """Names of the columns of a dataset or a stream."""
+    if dataset.column_names is not None:
+        return dataset.column_names
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("the dataset is empty")
+    return list(first)
+
+
 def number_samples(dataset):
     """The dataset with a column `sample_index` for error messages, and a column of images if it holds only texts."""
     if dataset is None:
         return None
     if isinstance(dataset, dict):
         return {name: number_samples(part) for name, part in dataset.items()}
-    columns = dataset.column_names or next(iter(dataset)).keys()
+    columns = columns_of(dataset)
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError("the dataset is empty")
     if not {"messages", "prompt", "image", "images"} & set(columns) or "sample_index" in columns:
         return dataset
     without_images = not {"image", "images"} & set(columns)
@@ -148,14 +166,8 @@ def number_samples(dataset):
         if without_images:
             dataset = dataset.add_column("images", [[] for _ in range(len(dataset))])
         return dataset.add_column("sample_index", list(range(len(dataset))))
-    return dataset.map(
-        lambda example, index: {
-            **example,
-            "sample_index": index,
-            **({"images": []} if without_images else {}),
-        },
-        with_indices=True,
-    )
+    added = {"images": []} if without_images else {}
+    return dataset.map(lambda example, index: {**example, **added, "sample_index": index}, with_indices=True)
 
 
 class VWLmmSFTTrainer(SFTTrainer):
@@ -185,44 +197,41 @@ class VWLmmSFTTrainer(SFTTrainer):
         args = VWLmmSFTConfig() if args is None else args
         if not isinstance(args, VWLmmSFTConfig):
             raise TypeError(f"args must be a VWLmmSFTConfig, got a {type(args).__name__}")
+        args = copy.copy(args)
         if isinstance(model, str):
-            # TRL looks for classes in transformers alone
-            model = VWLmmForCausalLM.from_pretrained(
-                model, **{"dtype": torch.float32, **(args.model_init_kwargs or {})}
-            )
-            args.model_init_kwargs = None
+            model = _load(model, args, kwargs.pop("quantization_config", None))
         base_model = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base_model, VWLmmForCausalLM):
             raise TypeError(f"model must be a VWLmmForCausalLM, got a {type(base_model).__name__}")
-        for name in ("visual_word_loss_weight", "visual_word_target", "detach_visual_words"):
-            if getattr(args, name) is not None:
-                setattr(base_model.config, name, getattr(args, name))
-        if args.trainable is not None:
-            if is_peft_model(model) or kwargs.get("peft_config") is not None:
-                raise ValueError("trainable chooses whole parts of a model: with PEFT, use its modules_to_save")
-            train_only(model, args.trainable)
-        if _trains_only_the_vm_head(base_model):
-            # There is no graph to checkpoint, and checkpointing would make one: it asks for gradients of the inputs
-            args.activation_checkpointing = args.gradient_checkpointing = False
+        self._set_stage(model, base_model, args, has_peft_config=kwargs.get("peft_config") is not None)
 
         if processing_class is None:
+            if not base_model.config.name_or_path:
+                raise ValueError("a model that was not loaded from anywhere needs a processing_class")
             processing_class = AutoProcessor.from_pretrained(base_model.config.name_or_path)
-        train_dataset, eval_dataset = number_samples(train_dataset), number_samples(eval_dataset)
-        if data_collator is None and isinstance(processing_class, ProcessorMixin) and _has_images(train_dataset):
+        # Without images too, conversations are collated here, unless TRL's own text pipeline is asked for
+        is_text = args.packing or args.padding_free or kwargs.get("formatting_func") is not None
+        self._numbers_samples = isinstance(processing_class, ProcessorMixin) and not is_text
+        if self._numbers_samples and train_dataset is not None:
+            train_dataset, eval_dataset = number_samples(train_dataset), number_samples(eval_dataset)
+        columns = [] if train_dataset is None else columns_of(train_dataset)
+        assistant_only_loss = args.assistant_only_loss
+        if assistant_only_loss is None:
+            assistant_only_loss = "messages" in columns
+        if data_collator is None and self._numbers_samples and {"image", "images"} & set(columns):
             tokenizer = processing_class.tokenizer
-            if tokenizer.pad_token is None:
-                tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
             data_collator = VWLmmDataCollator(
                 processor=processing_class,
                 max_length=args.max_length,
-                completion_only_loss="prompt" in train_dataset.column_names and args.completion_only_loss is not False,
+                completion_only_loss="prompt" in columns and args.completion_only_loss is not False,
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 dataset_text_field=args.dataset_text_field,
-                assistant_only_loss=args.assistant_only_loss,
+                assistant_only_loss=assistant_only_loss,
             )
-        assistant_only_loss = args.assistant_only_loss
-        # The collator sees to it, for templates too in which TRL finds no generation markers
-        args.assistant_only_loss = assistant_only_loss and data_collator is None
+            # TRL would look for generation markers
+            assistant_only_loss = False
+        args.assistant_only_loss = assistant_only_loss
         super().__init__(
             model=model,
             args=args,
@@ -232,15 +241,32 @@ class VWLmmSFTTrainer(SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        args.assistant_only_loss = assistant_only_loss
+        self._eval_sums = defaultdict(float)
         add_visual_word_loss(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+
+    @staticmethod
+    def _set_stage(model, base_model, args, has_peft_config):
+        fields = ("trainable", "visual_word_loss_weight", "visual_word_target", "detach_visual_words")
+        given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+        settings = {**STAGES.get(args.stage, {}), **given}
+        for name in fields[1:]:
+            if name in settings:
+                setattr(base_model.config, name, settings[name])
+        if is_peft_model(model) or has_peft_config:
+            if args.trainable is not None:
+                raise ValueError("trainable chooses whole parts of a model: with PEFT, use its modules_to_save")
+        elif "trainable" in settings:
+            train_only(model, settings["trainable"])
+        if _trains_only_the_vm_head(base_model):
+            # There is no graph to checkpoint, and checkpointing would make one: it asks for gradients of the inputs
+            args.activation_checkpointing = args.gradient_checkpointing = False
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "id", "sample_index"})
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
-        if not isinstance(eval_dataset, str):
+        if self._numbers_samples and not isinstance(eval_dataset, str):
             eval_dataset = number_samples(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
@@ -271,28 +297,56 @@ class VWLmmSFTTrainer(SFTTrainer):
         loss = super().compute_loss(recording_model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = loss if return_outputs else (loss, None)
         lm_loss = loss.detach()
-        vw_loss = torch.zeros_like(lm_loss)
-        if getattr(fused_outputs[0], "vw_loss_sum", None) is not None:
-            vw_loss = fused_outputs[0].vw_loss_sum
-            if num_items_in_batch is None:
-                vw_loss = vw_loss / fused_outputs[0].vw_positions.clamp(min=1)
-            else:
-                # As TRL does for the tokens: counted over the ranks, whose gradients DDP averages
-                vw_loss = vw_loss / self._vw_positions_in_step.clamp(min=1)
-                if self.args.average_tokens_across_devices:
-                    vw_loss = vw_loss * self.accelerator.num_processes
+        vw_loss_sum = getattr(fused_outputs[0], "vw_loss_sum", None)
+        if vw_loss_sum is None:
+            vw_loss_sum, positions = torch.zeros_like(lm_loss), torch.zeros_like(lm_loss)
+        else:
+            positions = fused_outputs[0].vw_positions
+        if num_items_in_batch is None:
+            vw_loss = vw_loss_sum / positions.clamp(min=1)
+        else:
+            # As TRL does for the tokens: counted over the ranks, whose gradients DDP averages
+            vw_loss = vw_loss_sum / self._vw_positions_in_step.clamp(min=1)
+            if self.args.average_tokens_across_devices:
+                vw_loss = vw_loss * self.accelerator.num_processes
+        if vw_loss.requires_grad or not self.model.training:
             loss = loss + self.model.config.visual_word_loss_weight * vw_loss
-        self._record("lm_loss", lm_loss, add=num_items_in_batch is not None)
-        self._record("vw_loss", vw_loss.detach(), add=num_items_in_batch is not None)
+
+        if self.model.training:
+            self._record_step(lm_loss, vw_loss.detach(), adds_to_step=num_items_in_batch is not None)
+        else:
+            tokens = fused_outputs[0].label_mask.sum()
+            sums = {"tokens": tokens, "lm_loss": lm_loss * tokens, "positions": positions, "vw_loss": vw_loss_sum}
+            for name, value in sums.items():
+                self._eval_sums[name] += self.accelerator.reduce(value.detach(), "sum").item()
         return (loss, outputs) if return_outputs else loss
 
-    def _record(self, name, value, add):
-        value = self.accelerator.reduce(value, "mean").item()
-        values = self._metrics["train" if self.model.training else "eval"][name]
-        if add:
-            values[-1] += value
-        else:
-            values.append(value)
+    def _record_step(self, lm_loss, vw_loss, adds_to_step):
+        for name, value in (("lm_loss", lm_loss), ("vw_loss", vw_loss)):
+            value = self.accelerator.reduce(value, "mean").item()
+            if adds_to_step:
+                self._metrics["train"][name][-1] += value
+            else:
+                self._metrics["train"][name].append(value)
+
+    def log(self, logs, start_time=None):
+        if not self.model.training and self._eval_sums:
+            # Means over all tokens and positions, whatever the batches
+            sums, self._eval_sums = self._eval_sums, defaultdict(float)
+            self._metrics["eval"]["lm_loss"] = [sums["lm_loss"] / max(sums["tokens"], 1)]
+            self._metrics["eval"]["vw_loss"] = [sums["vw_loss"] / max(sums["positions"], 1)]
+        super().log(logs, start_time)
+
+
+def _load(name, args, quantization_config):
+    """The model of that name, as TRL would load it, which looks for classes in transformers alone."""
+    model_init_kwargs = dict(args.model_init_kwargs or {})
+    args.model_init_kwargs = None
+    if quantization_config is not None:
+        model_init_kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        model_init_kwargs["device_map"] = None
+    return create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
 
 
 def train_only(model, parts):
@@ -307,10 +361,6 @@ def _trains_only_the_vm_head(model):
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     # Pseudo image features pass through the VM head on their way to the LLM, so there its graph is needed
     return trained == ["model.vm_head.weight"] and not model.config.pseudo_image_features
-
-
-def _has_images(dataset):
-    return dataset is not None and bool({"image", "images"} & set(dataset.column_names or next(iter(dataset)).keys()))
 
 
 __all__ = ["VWLmmSFTConfig", "VWLmmSFTTrainer"]

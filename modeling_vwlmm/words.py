@@ -15,10 +15,15 @@ def top_words(model, processor, images, k=3):
         images (`list[PIL.Image.Image]`): of any size.
         k (`int`, *optional*, defaults to 3): words a patch.
 
+    Raises:
+        ValueError: if there are not as many words.
+
     Returns:
         `list[list[list[tuple[str, float]]]]`: for each image and patch, row by row, the k (word, probability), the
         most probable first.
     """
+    if not 0 < k <= model.config.visual_vocab_size:
+        raise ValueError(f"{k} words a patch are asked for, expected 1 to {model.config.visual_vocab_size}")
     pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         probabilities = model.visual_words(pixel_values.to(model.device, model.dtype))
@@ -65,9 +70,11 @@ def draw_words(processor, images, words, captions=None, size=384, columns=2):
     draw = ImageDraw.Draw(picture)
     for index, (image, patches) in enumerate(zip(images, words, strict=True)):
         left, top = index % columns * width + margin, index // columns * height + margin
-        seen = seen_image(processor, image).resize((size, size), Image.Resampling.NEAREST)
+        seen = seen_image(processor, image)
+        rows = _rows(len(patches), seen)
+        seen = seen.resize((size, size), Image.Resampling.NEAREST)
         picture.paste(seen, (left, top))
-        picture.paste(_overlay(seen, patches), (left + size + margin // 2, top))
+        picture.paste(_overlay(seen, patches, rows), (left + size + margin // 2, top))
         if captions:
             draw.text(
                 (left, top + size + line // 4), captions[index], fill="black", font=ImageFont.load_default(line * 0.6)
@@ -75,23 +82,28 @@ def draw_words(processor, images, words, captions=None, size=384, columns=2):
     return picture
 
 
-def _overlay(image, patches):
-    side = math.isqrt(len(patches))
-    if side * side != len(patches):
-        raise ValueError(f"{len(patches)} patches are no square grid, so they cannot be laid over the image")
+def _overlay(image, patches, rows):
+    columns = len(patches) // rows
     image = image.convert("RGBA")
     layer = Image.new("RGBA", image.size)
     draw = ImageDraw.Draw(layer)
-    cell = image.width / side
+    width, height = image.width / columns, image.height / rows
     for index, patch in enumerate(patches):
         word, probability = patch[0]
-        x, y = index % side * cell, index // side * cell
-        draw.rectangle((x, y, x + cell, y + cell), fill=(255, 255, 255, 120), outline=(0, 0, 0, 40))
-        font = ImageFont.load_default(_font_size(word, cell))
-        draw.text(
-            (x + cell / 2, y + cell / 2), word, fill=(0, 0, 0, 70 + round(185 * probability)), font=font, anchor="mm"
-        )
+        x, y = index % columns * width, index // columns * height
+        draw.rectangle((x, y, x + width, y + height), fill=(255, 255, 255, 120), outline=(0, 0, 0, 40))
+        font = ImageFont.load_default(_font_size(word, min(width, height)))
+        shade = 70 + round(185 * probability)
+        draw.text((x + width / 2, y + height / 2), word, fill=(0, 0, 0, shade), font=font, anchor="mm")
     return Image.alpha_composite(image, layer).convert("RGB")
+
+
+def _rows(patches, image):
+    """Rows of the grid of that many patches over an image."""
+    rows = max(1, round(math.sqrt(patches * image.height / image.width)))
+    if patches % rows or patches // rows != round(rows * image.width / image.height):
+        raise ValueError(f"{patches} patches are no grid over an image of {image.width} x {image.height} pixels")
+    return rows
 
 
 def _font_size(word, cell):

@@ -14,12 +14,12 @@ import torch
 import yaml
 from PIL import Image
 from test_trainer import picture, tiny_processor
-from tiny import tiny_model
+from tiny import TOWERS, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.cli import main
-from modeling_vwlmm.words import draw_words, seen_image, top_words
+from modeling_vwlmm.words import _rows, draw_words, seen_image, top_words
 
 
 ROOT = Path(__file__).parent.parent
@@ -158,6 +158,8 @@ def test_bad_calls_are_one_line_and_status_2(tmp_path, capsys, model_folder):
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     assert "not a recipe" in error_of(capsys, "train", "--config", str(tmp_path / "list.yaml"))
     assert "nowhere.yaml" in error_of(capsys, "train", "--config", str(tmp_path / "nowhere.yaml"))
+    (tmp_path / "broken.yaml").write_text("a: [1,")
+    assert "broken.yaml is not YAML" in error_of(capsys, "train", f"--config={tmp_path / 'broken.yaml'}")
     assert 'no verb "trian"' in error_of(capsys, "trian")
 
     picture(0).save(tmp_path / "a.png")
@@ -167,6 +169,10 @@ def test_bad_calls_are_one_line_and_status_2(tmp_path, capsys, model_folder):
     out = str(tmp_path / "out.png")
     for name in ("b.png", "c.png", "d.png"):
         assert name in error_of(capsys, "words", str(model_folder), str(tmp_path / name), "--output", out)
+    for top in ("0", "1000"):
+        image = str(tmp_path / "a.png")
+        message = error_of(capsys, "words", str(model_folder), image, "--output", out, "--top", top)
+        assert f"{top} words a patch are asked for, expected 1 to 99" in message
     assert not Path(out).exists()
 
     llama = LlamaForCausalLM(
@@ -227,7 +233,7 @@ def test_the_picture_lays_words_over_the_patches_they_belong_to():
     assert darkest[0] < darkest[2] < darkest[1] == darkest[3]
     assert len(top_words(model, processor, [image], k=2)[0][0]) == 2
     assert np.abs(np.asarray(seen_image(processor, image)).astype(int) - [200, 0, 0]).max() <= 1
-    with pytest.raises(ValueError, match="no square grid"):
+    with pytest.raises(ValueError, match="3 patches are no grid over an image of 16 x 16 pixels"):
         draw_words(processor, [image], words=[words[:3]])
 
 
@@ -239,3 +245,13 @@ def test_help_has_an_example():
         assert printed.returncode == 0 and "example: vwlmm" in printed.stdout
     printed = subprocess.run([sys.executable, "-m", "modeling_vwlmm"], capture_output=True, text=True, cwd=ROOT)
     assert printed.returncode == 2 and "usage: vwlmm" in printed.stderr
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_the_grid_of_words_is_that_of_the_tower(tower):
+    model = tiny_model(tower=tower)
+    processor = tiny_processor(model.config)
+    words = top_words(model, processor, [picture(0)])
+    rows, columns = TOWERS[tower][2]
+    assert _rows(len(words[0]), seen_image(processor, picture(0))) == rows and len(words[0]) == rows * columns
+    assert draw_words(processor, [picture(0)], words).size[0] > 0

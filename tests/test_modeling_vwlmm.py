@@ -33,6 +33,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    Gemma2Config,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -693,3 +694,8 @@ def test_bfloat16(tower, pseudo):
     assert_close(out.loss, expected.loss, rtol=0.1, atol=0)
     assert model.visual_words(batch["pixel_values"]).dtype == torch.float32
     assert all(gradient.isfinite().all() for gradient in gradients(out.loss, model).values())
+
+
+def test_llms_whose_head_is_not_a_linear_map_are_refused():
+    with pytest.raises(ValueError, match="text_config has final_logit_softcapping"):
+        VWLmmConfig(tower_config(), Gemma2Config(vocab_size=99, num_hidden_layers=1), image_token_index=99)

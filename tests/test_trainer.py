@@ -6,9 +6,10 @@ import datasets
 import pytest
 import torch
 import trl
+from peft import LoraConfig
 from PIL import Image
 from tiny import IMAGE_WITHIN, randomize, tiny_config, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoProcessor,
     LlavaConfig,
@@ -31,6 +32,8 @@ PLAIN_TEMPLATE = (
     "{% if part.type == 'image' %}<image>{% else %} {{ part.text }}{% endif %}{% endfor %}{% else %} w97 "
     "{{ message.content[0].text }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %} w97{% endif %}"
 )
+
+IMAGES = datasets.List(datasets.Image())
 
 
 def tiny_processor(config, template=PLAIN_TEMPLATE):
@@ -87,7 +90,7 @@ def trainer_of(tmp_path, model=None, dataset=None, template=PLAIN_TEMPLATE, **kw
     return VWLmmSFTTrainer(
         model=model,
         args=sft_config(tmp_path, **kwargs),
-        train_dataset=dataset or conversations(),
+        train_dataset=conversations() if dataset is None else dataset,
         processing_class=tiny_processor(model.config, template),
     )
 
@@ -320,23 +323,6 @@ def test_bad_batches_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no token of the batch is a label.*sample 0"):
         batch_of(trainer_of(tmp_path, dataset=nobody_answers))
 
-    one_too_few = conversations().map(
-        lambda row: {
-            "images": row["images"][:1],
-            "messages": [
-                {
-                    "role": m["role"],
-                    "content": [{"type": "image", "text": None}] * (2 * (m["role"] == "user"))
-                    + [{"type": "text", "text": m["content"]}],
-                }
-                for m in row["messages"]
-            ],
-        },
-        features=None,
-    )
-    with pytest.raises(ValueError, match="image"):
-        batch_of(trainer_of(tmp_path, dataset=one_too_few))
-
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     template = PLAIN_TEMPLATE.replace("w97 {{ message", "w97 {% if loop.last %}w96 {% endif %}{{ message")
@@ -349,6 +335,9 @@ def test_arguments_are_checked(tmp_path):
         sft_config(tmp_path, trainable=["head"])
     with pytest.raises(ValueError, match='stage is "stage5", expected one of align'):
         sft_config(tmp_path, stage="stage5")
+    for weight in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="visual_word_loss_weight is .*, expected 0 or more"):
+            sft_config(tmp_path, visual_word_loss_weight=weight)
     with pytest.raises(ValueError, match='visual_word_target is "words"'):
         sft_config(tmp_path, visual_word_target="words")
     with pytest.raises(TypeError, match="VWLmmSFTConfig"):
@@ -383,3 +372,131 @@ def test_an_llms_own_template_takes_images_and_labels_every_turn(tmp_path, name)
         assert len(said) == len(answers)
         for span, answer in zip(said, answers, strict=True):
             assert answer in span and "w20" not in span
+
+
+def test_a_stream_trains(tmp_path):
+    trainer = trainer_of(tmp_path, dataset=conversations().to_iterable_dataset())
+    trainer.train()
+    assert trainer.state.log_history[0]["vw_loss"] > 0
+
+
+def test_an_empty_dataset_is_an_error(tmp_path):
+    empty_stream = datasets.IterableDataset.from_generator(lambda: iter(()))
+    for dataset in (conversations().select([]), empty_stream):
+        with pytest.raises(ValueError, match="the dataset is empty"):
+            trainer_of(tmp_path, dataset=dataset)
+
+
+def test_evaluation_does_not_depend_on_the_batches(tmp_path):
+    model = tiny_model()
+    found = []
+    for batch_size in (1, 2, 4):
+        trainer = trainer_of(tmp_path, model, per_device_eval_batch_size=batch_size)
+        metrics = trainer.evaluate(conversations(images=(2, 0, 0, 0)))
+        found.append([metrics["eval_lm_loss"], metrics["eval_vw_loss"]])
+    assert found[0] == pytest.approx(found[1]) and found[1] == pytest.approx(found[2]) and found[0][1] > 0
+
+
+def test_arguments_can_be_used_again(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor(model.config).save_pretrained(tmp_path / "model")
+    args = sft_config(tmp_path, stage="visual_words", model_init_kwargs={"pseudo_image_features": True})
+    before = args.to_dict()
+    for _ in range(2):
+        trainer = VWLmmSFTTrainer(str(tmp_path / "model"), args, train_dataset=conversations())
+        assert trainer.model.config.pseudo_image_features
+    assert args.to_dict() == before
+
+
+def test_a_new_chat_template_is_the_one_that_is_trained_on(tmp_path):
+    (tmp_path / "new.jinja").write_text(PLAIN_TEMPLATE.replace("w97", "w96"))
+    trainer = trainer_of(tmp_path, chat_template_path=str(tmp_path / "new.jinja"))
+    ids = batch_of(trainer)["input_ids"]
+    assert (ids == 96).any() and not (ids == 97).any()
+
+
+@pytest.mark.parametrize("form", ["messages", "all text", "prompt-completion"])
+def test_sequences_begin_as_the_tokenizer_begins_them(tmp_path, form):
+    model = tiny_model()
+    template = PLAIN_TEMPLATE.replace("{{ bos_token }}", "")
+    processor = tiny_processor(model.config, template)
+    processor.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    dataset = conversations(images=(1, 1, 2, 1))
+    if form == "prompt-completion":
+        dataset = dataset.map(
+            lambda row: {"prompt": row["messages"][:1], "completion": row["messages"][1:2]}, remove_columns="messages"
+        )
+    trainer = VWLmmSFTTrainer(
+        model,
+        sft_config(tmp_path, assistant_only_loss=False if form == "all text" else None),
+        train_dataset=dataset,
+        processing_class=processor,
+    )
+    ids = batch_of(trainer)["input_ids"]
+    assert (ids[:, 0] == 1).all() and (ids == 1).sum() == 4
+
+
+def test_rows_without_images_may_hold_null(tmp_path):
+    rows = [{**row, "images": row["images"] or None} for row in conversations()]
+    trainer = trainer_of(tmp_path, dataset=datasets.Dataset.from_list(rows).cast_column("images", IMAGES))
+    assert len(batch_of(trainer)["pixel_values"]) == 4
+
+
+def test_an_image_in_an_answer_keeps_the_labels_around_it(tmp_path):
+    part = {"type": "text"}
+    answer = [{**part, "text": "w5"}, {"type": "image"}, {**part, "text": "w6 w7"}]
+    messages = [{"role": "user", "content": [{**part, "text": "w8"}]}, {"role": "assistant", "content": answer}]
+    template = PLAIN_TEMPLATE.replace(
+        "{{ message.content[0].text }}",
+        "{% for part in message.content %} {{ '<image>' if part.type == 'image' else part.text }}{% endfor %} ",
+    )
+    trainer = trainer_of(tmp_path, template=template)
+    batch = trainer.data_collator([{"messages": messages, "images": [picture(0)]}])
+    labels = batch["labels"][0]
+    assert labels[labels != -100].tolist() == [5, 6, 7, 2]
+
+
+def test_images_that_do_not_match_their_markers_name_the_sample(tmp_path):
+    def add_marker(row, index):
+        if index == 3:
+            row["messages"][0]["content"] = "<image> " + row["messages"][0]["content"]
+        return row
+
+    with pytest.raises(ValueError, match=r"sample 3 has 1 image\(s\), but [23] <image> markers"):
+        batch_of(trainer_of(tmp_path, dataset=conversations().map(add_marker, with_indices=True)))
+
+
+def test_stages_work_with_adapters(tmp_path):
+    model = tiny_model()
+    trainer = VWLmmSFTTrainer(
+        model,
+        sft_config(tmp_path, stage="joint"),
+        train_dataset=conversations(),
+        processing_class=tiny_processor(model.config),
+        peft_config=LoraConfig(target_modules=r".*language_model.*\.(q|v)_proj", modules_to_save=["vm_head"]),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["vw_loss"] > 0
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name or "vm_head.modules_to_save" in name for name in trained)
+
+
+def test_training_resumes(tmp_path):
+    whole = tiny_model()
+    trainer_of(tmp_path / "whole", whole, max_steps=4, per_device_train_batch_size=1).train()
+    first = tiny_model()
+    arguments = {"per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    interrupted = trainer_of(tmp_path / "part", first, **arguments)
+    interrupted.add_callback(Stop())
+    interrupted.train()
+    resumed = tiny_model()
+    trainer_of(tmp_path / "part", resumed, **arguments).train(resume_from_checkpoint=True)
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in resumed.state_dict().items())

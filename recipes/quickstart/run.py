@@ -10,8 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets  # noqa: E402
 import torch  # noqa: E402
-from evaluate import accuracy, naming_share  # noqa: E402
-from text import main as train_text  # noqa: E402
+from measure import accuracy, naming_share  # noqa: E402
+from read_text import main as read_text  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
 
 from modeling_vwlmm.cli import main as vwlmm  # noqa: E402
@@ -34,7 +34,7 @@ BASELINE = {"overall": 0.8760}
 def train(seed):
     started = time.perf_counter()
     print("\n== text: a tiny LLM reads the training questions and answers ==", flush=True)
-    train_text(["--seed", str(seed)])
+    read_text(["--seed", str(seed)])
     for recipe, title in STAGES.items():
         print(f"\n== {title} ==", flush=True)
         vwlmm(["train", "--config", f"recipes/quickstart/{recipe}.yaml", "--seed", str(seed)])
