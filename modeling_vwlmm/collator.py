@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
@@ -82,7 +83,7 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
                     rendered["prompt"] = self.processor.tokenizer.bos_token + rendered["prompt"]
                 example.update(rendered)
                 texts = list(rendered.values())
-        except ValueError as error:
+        except (ValueError, TemplateError) as error:
             raise ValueError(f"{name}: {error}") from error
         marker, images = self.processor.image_token, len(example["images"])
         markers = sum(text.count(marker) for text in texts if isinstance(text, str))

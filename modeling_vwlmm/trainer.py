@@ -25,8 +25,6 @@ PARTS = {
     "language_model": ("model.language_model", "lm_head"),
     "vm_head": ("model.vm_head",),
 }
-
-
 STAGES = {
     "align": {"trainable": ["projector"], "visual_word_loss_weight": 0.0},
     "instruct": {"trainable": ["projector", "language_model"], "visual_word_loss_weight": 0.0},
@@ -309,8 +307,7 @@ class VWLmmSFTTrainer(SFTTrainer):
             vw_loss = vw_loss_sum / self._vw_positions_in_step.clamp(min=1)
             if self.args.average_tokens_across_devices:
                 vw_loss = vw_loss * self.accelerator.num_processes
-        if vw_loss.requires_grad or not self.model.training:
-            loss = loss + self.model.config.visual_word_loss_weight * vw_loss
+        loss = loss + self.model.config.visual_word_loss_weight * vw_loss
 
         if self.model.training:
             self._record_step(lm_loss, vw_loss.detach(), adds_to_step=num_items_in_batch is not None)

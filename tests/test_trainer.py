@@ -469,6 +469,15 @@ def test_images_that_do_not_match_their_markers_name_the_sample(tmp_path):
         batch_of(trainer_of(tmp_path, dataset=conversations().map(add_marker, with_indices=True)))
 
 
+def test_a_conversation_that_the_template_refuses_names_the_sample(tmp_path):
+    def turn_round(row, index):
+        return {"messages": row["messages"][::-1] if index == 2 else row["messages"]}
+
+    dataset = conversations().map(turn_round, with_indices=True)
+    with pytest.raises(ValueError, match="sample 2: found a message of assistant, expected one of user"):
+        batch_of(trainer_of(tmp_path, dataset=dataset, template=read_chat_template("mistral")))
+
+
 def test_stages_work_with_adapters(tmp_path):
     model = tiny_model()
     trainer = VWLmmSFTTrainer(
