@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     Cache,
@@ -24,6 +25,9 @@ from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_vwlmm import VWLmmConfig, select_image_features
 from .visual_word_loss import scored_positions, visual_word_loss
+
+
+_CHUNK = 512  # image positions whose visual-word loss is computed at once
 
 
 @dataclass
@@ -248,13 +252,20 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
         positions = scored_positions(outputs.image_mask, attention_mask)  # (B, T)
         predicted_from = outputs.last_hidden_state[:, :-1][positions[:, 1:]]  # (N, d)
         image_features = outputs.image_hidden_states.flatten(0, 1)[positions[outputs.image_mask]]  # (N, d)
-        loss = visual_word_loss(
+        chunks = list(zip(predicted_from.split(_CHUNK), image_features.split(_CHUNK), strict=True))
+        if len(chunks) == 1:
+            return self._visual_word_loss_of(*chunks[0]), positions.sum()
+        # (N, V) several times over is gigabytes: a chunk at a time is computed, and once more in the backward pass
+        loss = sum(checkpoint(self._visual_word_loss_of, *chunk, use_reentrant=False) for chunk in chunks)
+        return loss, positions.sum()
+
+    def _visual_word_loss_of(self, predicted_from, image_features):
+        return visual_word_loss(
             self.lm_head(predicted_from)[:, : self.config.visual_vocab_size],
             self.model.vm_head(image_features),
             target=self.config.visual_word_target,
             detach_visual_words=self.config.detach_visual_words,
         )
-        return loss, positions.sum()
 
     @can_return_tuple
     def forward(

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from tiny import IMAGE, ROWS, gradients, tiny_batch, tiny_model
 from torch.testing import assert_close
 
+from modeling_vwlmm import modeling_vwlmm
 from modeling_vwlmm.visual_word_loss import scored_positions, visual_word_loss
 
 
@@ -226,3 +227,20 @@ def test_published(variant, batch):
     if variant != "vicuna-pif":  # only the visual-word loss reaches the VM head
         (grad,) = torch.autograd.grad(losses["visual_words"], vm_head)
         close(grad, data["grad.vm_head.weight"], 1e-5)
+
+
+@pytest.mark.parametrize("target", ["visual_words", "language_model"])
+def test_chunks_of_positions_add_up_to_the_whole(monkeypatch, target):
+    model = tiny_model(visual_word_target=target)
+    batch = tiny_batch(model.config)
+    whole = model(**batch).vw_loss
+    calls = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[:-1].numel()))
+    expected = gradients(whole, model)
+    monkeypatch.setattr(modeling_vwlmm, "_CHUNK", 5)
+    chunked = model(**batch).vw_loss
+    found = gradients(chunked, model)
+    assert max(calls[1:]) == 5 and len(calls) > 4
+    assert_close(chunked, whole, rtol=1e-6, atol=0)
+    for name in expected:
+        assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
