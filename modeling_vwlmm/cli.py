@@ -24,6 +24,11 @@ class TrainArguments:
     )
     image_folder: str | None = field(default=None, metadata={"help": "Folder of the images that a data file names."})
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={"help": "What to evaluate on, named as the dataset is, with the same image_folder."},
+    )
+    eval_split: str = field(default="test", metadata={"help": "Split of the eval_dataset."})
 
 
 def load_dataset(name, image_folder=None, split="train"):
@@ -59,7 +64,7 @@ def train(argv):
 
     from .trainer import VWLmmSFTConfig, VWLmmSFTTrainer
 
-    parser = TrlParser((TrainArguments, VWLmmSFTConfig), prog="vwlmm train")
+    parser = TrlParser((TrainArguments, VWLmmSFTConfig), prog="vwlmm train", allow_abbrev=False)
     parser.epilog = "example: vwlmm train --config recipes/stage2_instruct.yaml --learning_rate 1e-5"
     parser.add_argument("--config", help="the recipe, a YAML file of the fields below; arguments override it")
     # TRL's parser looks for "--config FILE" alone
@@ -81,10 +86,14 @@ def train(argv):
     arguments, config, *_ = parser.parse_args_and_config(argv)
 
     dataset = load_dataset(arguments.dataset, arguments.image_folder, arguments.dataset_split)
+    eval_dataset = None
+    if arguments.eval_dataset is not None:
+        eval_dataset = load_dataset(arguments.eval_dataset, arguments.image_folder, arguments.eval_split)
     trainer = VWLmmSFTTrainer(
         model=arguments.model,
         args=config,
         train_dataset=dataset,
+        eval_dataset=eval_dataset,
         processing_class=AutoProcessor.from_pretrained(arguments.model),
     )
     checkpoint = config.resume_from_checkpoint
@@ -200,5 +209,8 @@ def main(argv=None):
     try:
         VERBS[argv[0]](argv[1:])
     except (ValueError, OSError, StrictDataclassError) as error:
-        print(f"vwlmm {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        message = str(error)
+        if "Original Traceback" in message:  # of a DataLoader worker
+            message = message.strip().splitlines()[-1]
+        print(f"vwlmm {argv[0]}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)

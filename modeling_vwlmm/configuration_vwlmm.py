@@ -7,6 +7,10 @@ from typing import Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoModel, LlavaConfig
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 def select_image_features(hidden_states, vision_feature_layer, vision_feature_select_strategy):
@@ -102,6 +106,14 @@ class VWLmmConfig(LlavaConfig):
                 raise ValueError(f"text_config has {name}: LLMs that scale or cap their logits are not supported")
         if self.image_seq_length is None:
             self.image_seq_length = self.image_feature_shape()[0]
+            patch_size = getattr(self.vision_config, "patch_size", None)
+            if self.vision_feature_select_strategy == "default" and isinstance(patch_size, int):
+                height, width = self.image_size
+                if self.image_seq_length == (height // patch_size) * (width // patch_size) - 1:
+                    logger.warning(
+                        f'vision_feature_select_strategy is "default", which drops the first token of the tower: a '
+                        f'{self.vision_config.model_type} seems to have no CLS token there, but a patch. Use "full".'
+                    )
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

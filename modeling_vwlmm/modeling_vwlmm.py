@@ -124,7 +124,7 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         **kwargs,
     ):
         """The vision tower's output, with the projected features, (images, patches, d), as its `pooler_output`."""
-        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         features = select_image_features(outputs.hidden_states, vision_feature_layer, vision_feature_select_strategy)
         outputs.pooler_output = self.multi_modal_projector(features)
         return outputs
@@ -291,7 +291,7 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
             pixel_values (`torch.Tensor` of shape (images, channels, height, width), *optional*):
                 The images of all rows; a row may have none, one or several.
             labels (`torch.LongTensor` of shape (B, T), *optional*):
-                Aligned with `input_ids`, shifted inside; -100 is ignored.
+                Aligned with `input_ids`, shifted inside; -100 is ignored, and so is every placeholder.
 
         Raises:
             ValueError: if the placeholders do not match the images.
@@ -312,6 +312,8 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
 
         loss = lm_loss = vw_loss = None
         if labels is not None:
+            if outputs.image_mask is not None:
+                labels = labels.masked_fill(outputs.image_mask, -100)
             loss = lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )

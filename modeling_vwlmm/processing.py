@@ -40,7 +40,7 @@ def make_processor(config, tokenizer, image_mean, image_std, chat_template=None,
     Args:
         config ([`VWLmmConfig`]): of the model.
         tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
-            The LLM's. An image token is added to it if it has none.
+            The LLM's. It gets an image token and a padding token if it has none, and pads on the left from here on.
         image_mean, image_std (`list[float]`): a channel each, what the vision tower was trained with, for pixel
             values in 0 to 1. The mean is also the colour that pads an image to a square.
         chat_template (`str`, *optional*):
@@ -57,6 +57,9 @@ def make_processor(config, tokenizer, image_mean, image_std, chat_template=None,
             f"the tokenizer's {IMAGE_TOKEN} is token {image_token_id}, but the config's image_token_id is "
             f"{config.image_token_id}"
         )
+    # What generation needs; training pads on the right by itself. What is saved are the arguments of the constructor
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     chat_template = chat_template or tokenizer.chat_template
     if chat_template is not None and "image" not in chat_template:
         chat_template = IMAGE_PARTS + chat_template

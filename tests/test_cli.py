@@ -109,6 +109,22 @@ def test_a_recipe_can_change_the_models_config(tmp_path, model_folder, data):
     assert VWLmmForCausalLM.from_pretrained(tmp_path / "out").config.pseudo_image_features
 
 
+def test_a_recipe_can_evaluate_and_names_are_not_guessed(tmp_path, capsys, model_folder, data):
+    recipe = recipe_of(tmp_path, model_folder, data, eval_dataset=str(data), eval_strategy="steps", eval_steps=1)
+    main(["train", "--config", recipe, *CPU])
+    logs = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_vw_loss" in log for log in logs)
+    assert "learning_rat" in error_of(capsys, "train", "--config", recipe, *CPU, "--learning_rat", "1")
+
+
+def test_errors_of_workers_are_one_line(tmp_path, capsys, model_folder, data):
+    recipe = recipe_of(tmp_path, model_folder, data, max_length=3, dataloader_num_workers=1)
+    with pytest.raises(SystemExit):
+        main(["train", "--config", recipe, *CPU])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"vwlmm train: ValueError: sample \d \(id a\d\) has .* do not fit max_length 3", last)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_recipes_start_with_their_command_and_parse(recipe, monkeypatch, tmp_path):
     from modeling_vwlmm import cli

@@ -699,3 +699,21 @@ def test_bfloat16(tower, pseudo):
 def test_llms_whose_head_is_not_a_linear_map_are_refused():
     with pytest.raises(ValueError, match="text_config has final_logit_softcapping"):
         VWLmmConfig(tower_config(), Gemma2Config(vocab_size=99, num_hidden_layers=1), image_token_index=99)
+
+
+def test_placeholders_are_no_labels():
+    model = tiny_model()
+    batch = tiny_batch(model.config)
+    expected = model(**batch).lm_loss
+    is_image = batch["input_ids"] == model.config.image_token_id
+    batch["labels"] = torch.where(is_image, batch["input_ids"], batch["labels"])
+    assert torch.equal(model(**batch).lm_loss, expected)
+
+
+@pytest.mark.parametrize("tower", ["clip", "resnet"])
+def test_float32_images_go_into_a_bfloat16_model(tower):
+    model = tiny_model(tower=tower).to(torch.bfloat16)
+    batch = tiny_batch(model.config)
+    assert batch["pixel_values"].dtype == torch.float32
+    assert torch.isfinite(model(**batch).logits).all()
+    assert torch.isfinite(model.visual_words(batch["pixel_values"])).all()

@@ -1,6 +1,7 @@
 """The processor: as many placeholders as patches, and LLaVA-1.5's square padding."""
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,22 @@ def test_images_that_do_not_match_their_placeholders_are_an_error():
     processor = tiny_processor(tiny_config())
     with pytest.raises(ValueError, match="Found total 2 <image> tokens and 1 images"):
         processor(images=[picture(0)], text=["<image> w5 <image>"])
+
+
+def test_batches_are_padded_for_generation(tmp_path):
+    processor = tiny_processor(tiny_config())
+    processor.tokenizer.pad_token = None
+    processor = make_processor(tiny_config(), processor.tokenizer, [0.5] * 3, [0.5] * 3)
+    processor.save_pretrained(tmp_path)
+    ids = AutoProcessor.from_pretrained(tmp_path)(text=["w5 w6 w7", "w5"], padding=True)["input_ids"]
+    end_of_sequence = processor.tokenizer.eos_token_id
+    assert ids[1] == [end_of_sequence, end_of_sequence, 5]
+
+
+def test_a_tower_without_cls_token_that_would_lose_a_patch_is_told(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        assert tiny_config(tower="siglip").image_seq_length == 9 and not caplog.records
+        assert tiny_config(tower="clip").image_seq_length == 4 and not caplog.records
+        assert tiny_config(tower="siglip", vision_feature_select_strategy="default").image_seq_length == 8
+    assert 'Use "full"' in caplog.text

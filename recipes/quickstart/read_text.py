@@ -21,16 +21,19 @@ from modeling_vwlmm.processing import make_processor
 
 SIDE = 4  # patches a side that an image becomes
 BACKGROUND = "image"
-CHAT_TEMPLATE = """{{ bos_token }}
-{%- for message in messages %}
-    {%- if message["role"] == "assistant" %}
-        {%- generation %}
-            {%- for part in message["content"] %} {{ part["text"] }}{% endfor %} {{ eos_token }}
-        {%- endgeneration %}
-    {%- else %}
-        {%- for part in message["content"] %} {{ "<image>" if part["type"] == "image" else part["text"] }}{% endfor %}
-    {%- endif %}
-{%- endfor %}"""
+CHAT_TEMPLATE = """{%- macro text(content) -%}
+    {%- for part in ([{"type": "text", "text": content}] if content is string else content) -%}
+        {{- " " + ("<image>" if part["type"] == "image" else part["text"]) -}}
+    {%- endfor -%}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- if message["role"] == "assistant" -%}
+        {%- generation -%}{{- text(message["content"]) + " " + eos_token -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- text(message["content"]) -}}
+    {%- endif -%}
+{%- endfor -%}"""
 
 
 def texts_of(row):
@@ -146,6 +149,7 @@ def train_llm(tokenizer, arguments):
 
 def build_around(llm, tokenizer):
     """A new VW-LMM around the LLM, with a small ResNet that has seen nothing."""
+    llm.config.use_cache = True  # switched off by its training
     config = VWLmmConfig(
         vision_config=ResNetConfig(
             embedding_size=16,
