@@ -32,7 +32,7 @@ IMAGE_PARTS = """{%- set flat = namespace(messages=[]) -%}
 """
 
 
-def make_processor(config, tokenizer, image_mean, image_std, chat_template=None, resample=None):
+def make_processor(config, tokenizer, image_mean, image_std, chat_template=None):
     """The processor of a model: as many placeholders an image as the config's vision tower makes patches of it.
 
     It is a stock [`~transformers.LlavaProcessor`], so that `AutoProcessor` loads it with or without this package.
@@ -45,7 +45,6 @@ def make_processor(config, tokenizer, image_mean, image_std, chat_template=None,
             values in 0 to 1. The mean is also the colour that pads an image to a square.
         chat_template (`str`, *optional*):
             The tokenizer's own if not given. One that has no place for images gets [`IMAGE_PARTS`] before it.
-        resample (`int`, *optional*): PIL's filter, bicubic if not given.
 
     Raises:
         ValueError: if the image token is not the config's `image_token_id`.
@@ -75,7 +74,6 @@ def make_processor(config, tokenizer, image_mean, image_std, chat_template=None,
             crop_size={"height": height, "width": width},
             image_mean=image_mean,
             image_std=image_std,
-            **({} if resample is None else {"resample": resample}),
         ),
         tokenizer=tokenizer,
         patch_size=patch_size,

@@ -28,7 +28,7 @@ def top_words(model, processor, images, k=3):
     with torch.no_grad():
         probabilities = model.visual_words(pixel_values.to(model.device, model.dtype))
     values, indices = probabilities.topk(k, dim=-1)
-    tokens = [processor.tokenizer.decode([index]).strip() for index in range(probabilities.shape[-1])]
+    tokens = {index: processor.tokenizer.decode([index]).strip() for index in indices.unique().tolist()}
     return [
         [
             list(zip((tokens[i] for i in patch_indices), patch_values, strict=True))

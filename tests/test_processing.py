@@ -1,6 +1,5 @@
 """The processor: as many placeholders as patches, and LLaVA-1.5's square padding."""
 
-import importlib.util
 import logging
 from pathlib import Path
 
@@ -59,10 +58,6 @@ def test_images_are_padded_with_the_mean_colour_or_cropped():
     assert padded == pytest.approx([127 / 255 * 2 - 1] * 3, abs=1e-6) and centre == pytest.approx([1, -1, -1])
     cropped, centre = corner_and_centre(image_aspect_ratio="crop")
     assert cropped == centre == pytest.approx([1, -1, -1])
-
-
-def test_torchvision_is_not_needed():
-    assert importlib.util.find_spec("torchvision") is None
 
 
 def test_an_image_token_that_is_not_the_configs_is_an_error():
