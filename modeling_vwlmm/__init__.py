@@ -6,6 +6,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    LlavaConfig,
     LlavaProcessor,
 )
 
@@ -20,5 +21,17 @@ AutoModel.register(VWLmmConfig, VWLmmModel)
 AutoModelForCausalLM.register(VWLmmConfig, VWLmmForCausalLM)
 AutoModelForImageTextToText.register(VWLmmConfig, VWLmmForCausalLM)
 AutoProcessor.register(VWLmmConfig, LlavaProcessor)
+
+
+class _LlavaCheckpoint:
+    """For `AutoModelForCausalLM`, which has no LLaVA: names the command that makes a VW-LMM model of it."""
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path, *args, **kwargs):
+        VWLmmConfig.get_config_dict(pretrained_model_name_or_path)
+
+
+# Configs of transformers need exist_ok
+AutoModelForCausalLM.register(LlavaConfig, _LlavaCheckpoint, exist_ok=True)
 
 __all__ = ["VWLmmConfig", "VWLmmForCausalLM", "VWLmmModel", "VWLmmPreTrainedModel"]

@@ -116,6 +116,16 @@ class VWLmmConfig(LlavaConfig):
                     )
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if str(config_dict.get("model_type", "")).startswith("llava"):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a LLaVA checkpoint, or a VW-LMM one as published. To make a "
+                f"model of it: vwlmm convert {pretrained_model_name_or_path} NEW_FOLDER"
+            )
+        return config_dict, kwargs
+
+    @classmethod
     def from_dict(cls, config_dict, **kwargs):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:

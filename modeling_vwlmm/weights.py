@@ -1,0 +1,202 @@
+"""Checkpoints tensor by tensor, so that a model is converted in the memory of one of its shards."""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+
+MAX_SHARD_SIZE = "2GB"
+
+
+@dataclass
+class StoredTensor:
+    """A tensor that is read when it is needed.
+
+    meta (`torch.Tensor`): its shape and dtype, on the meta device.
+    read (`Callable[[], torch.Tensor]`): the tensor itself.
+    source (`str`): where it is, for error messages.
+    """
+
+    meta: torch.Tensor
+    read: Callable[[], torch.Tensor]
+    source: str
+
+
+def stored(state_dict: dict[str, torch.Tensor], source: str) -> dict[str, StoredTensor]:
+    """The tensors of a model in memory, as those of a folder."""
+    return {
+        name: StoredTensor(tensor.to("meta"), lambda tensor=tensor: tensor, source)
+        for name, tensor in state_dict.items()
+    }
+
+
+def read_weights(folder: str | os.PathLike) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint: safetensors or `.bin`, one file or shards. Nothing but tensors is unpickled.
+
+    Raises:
+        FileNotFoundError: there are no weights, or a shard is missing.
+        ValueError: a file is truncated or holds something else, or an index names tensors that its shards lack.
+    """
+    folder = Path(folder)
+    for file_name, index_name, read in (
+        (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, _read_safetensors),
+        (WEIGHTS_NAME, WEIGHTS_INDEX_NAME, _read_bin),
+    ):
+        if (folder / index_name).is_file():
+            return _read_shards(folder / index_name, read)
+        if (folder / file_name).is_file():
+            return read(folder / file_name)
+    raise FileNotFoundError(
+        f"{folder} has no weights, expected {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, or shards with an index"
+    )
+
+
+def _read_shards(index: Path, read) -> dict[str, StoredTensor]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{index} is no index of shards: expected a JSON object with a "weight_map"') from error
+    tensors = {}
+    for shard in shards:
+        if os.path.basename(shard) != shard or not (index.parent / shard).is_file():
+            raise FileNotFoundError(f"{index.parent / shard}: no such shard, though {index.name} names it")
+        found = read(index.parent / shard)
+        absent = [name for name, file in weight_map.items() if file == shard and name not in found]
+        if absent:
+            raise ValueError(f"{index.parent / shard} lacks tensors that {index.name} names: {name_some(absent)}")
+        tensors.update(found)
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    try:
+        file = safe_open(path, framework="pt")
+        names = file.keys()
+        shapes = {name: file.get_slice(name) for name in names}
+        # Only the header is read here: an empty tensor tells the dtype
+        return {
+            name: StoredTensor(
+                torch.empty(shape.get_shape(), dtype=_dtype_of(shape), device="meta"),
+                lambda name=name: file.get_tensor(name),
+                path.name,
+            )
+            for name, shape in shapes.items()
+        }
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+
+
+def _dtype_of(tensor_slice) -> torch.dtype:
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    # Others are not weights of a model that is not quantized; they are found by their dtype later
+    return getattr(torch, names.get(tensor_slice.get_dtype(), "uint8"))
+
+
+def _read_bin(path: Path) -> dict[str, StoredTensor]:
+    expectation = "expected a whole file that holds tensors by name and nothing else"
+    try:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # of before torch 1.6, without a zip archive to map
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} cannot be read, {expectation}: {reason}") from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}, {expectation}")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f'{path} holds a {type(tensor).__name__} under "{name}", {expectation}')
+    return stored(tensors, path.name)
+
+
+def name_some(names) -> str:
+    """The first names of many, for an error message of one line."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check_weights(tensors: dict[str, StoredTensor], expected: dict[str, torch.Tensor], folder) -> None:
+    """Compare names, shapes and dtypes with a model's `state_dict()`; `ValueError` if they differ."""
+    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    problems = [
+        f"{what}: {name_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
+    ]
+    if problems:
+        raise ValueError(f"the weights in {folder} do not fit the config: {'; '.join(problems)}")
+    for name, tensor in tensors.items():
+        if tensor.meta.shape != expected[name].shape:
+            raise ValueError(
+                f"{tensor.source} in {folder}: {name} has the shape {tuple(tensor.meta.shape)}, the config says "
+                f"{tuple(expected[name].shape)}"
+            )
+        if not tensor.meta.is_floating_point():
+            raise ValueError(f"{tensor.source} in {folder}: {name} is quantized, expected floating-point numbers")
+
+
+def write_weights(folder: Path, tensors: dict[str, StoredTensor], dtype: torch.dtype | None = None) -> None:
+    """Write safetensors shards as `save_pretrained` does, one after another."""
+
+    def stored_as(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if dtype is None else tensor.to(dtype)
+
+    split = split_state_dict_into_shards_factory(
+        {name: stored_as(tensor.meta) for name, tensor in tensors.items()},
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=MAX_SHARD_SIZE,
+    )
+    for file_name, names in tqdm(split.filename_to_tensors.items(), desc="Writing shards"):
+        # safetensors writes no tensor that shares its memory with another one, or a part of it
+        shard = {name: stored_as(tensors[name].read()).contiguous().clone() for name in names}
+        save_file(shard, folder / file_name, metadata={"format": "pt"})
+        del shard
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder that appears under its name when all of it is written, and not at all if anything fails.
+
+    Raises:
+        FileExistsError: there is something under that name.
+    """
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} exists already, expected the name of a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o777 & ~_umask())
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
