@@ -1,6 +1,7 @@
 """Checkpoints tensor by tensor, so that a model is converted in the memory of one of its shards."""
 
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -88,19 +89,22 @@ def _read_shards(index: Path, read) -> dict[str, StoredTensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    def read(name):
+        # Opened anew each time: what an open file has read stays in memory
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
     try:
-        file = safe_open(path, framework="pt")
-        names = file.keys()
-        shapes = {name: file.get_slice(name) for name in names}
-        # Only the header is read here: an empty tensor tells the dtype
-        return {
-            name: StoredTensor(
-                torch.empty(shape.get_shape(), dtype=_dtype_of(shape), device="meta"),
-                lambda name=name: file.get_tensor(name),
-                path.name,
-            )
-            for name, shape in shapes.items()
-        }
+        with safe_open(path, framework="pt") as file:
+            headers = {name: file.get_slice(name) for name in file.keys()}
+            return {
+                name: StoredTensor(
+                    torch.empty(header.get_shape(), dtype=_dtype_of(header), device="meta"),
+                    functools.partial(read, name),
+                    path.name,
+                )
+                for name, header in headers.items()
+            }
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
 
@@ -166,8 +170,7 @@ def write_weights(folder: Path, tensors: dict[str, StoredTensor], dtype: torch.d
         max_shard_size=MAX_SHARD_SIZE,
     )
     for file_name, names in tqdm(split.filename_to_tensors.items(), desc="Writing shards"):
-        # safetensors writes no tensor that shares its memory with another one, or a part of it
-        shard = {name: stored_as(tensors[name].read()).contiguous().clone() for name in names}
+        shard = {name: stored_as(tensors[name].read()).contiguous() for name in names}
         save_file(shard, folder / file_name, metadata={"format": "pt"})
         del shard
     if split.is_sharded:
