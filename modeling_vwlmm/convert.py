@@ -18,11 +18,9 @@ from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
     GenerationConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    MistralConfig,
     PreTrainedConfig,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,39 +31,11 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .configuration_vwlmm import VWLmmConfig
 from .data import read_chat_template
 from .modeling_vwlmm import VWLmmForCausalLM, VWLmmMultiModalProjector
-from .processing import IMAGE_TOKEN, make_processor, published_tokenizer
+from .processing import IMAGE_TOKEN, make_processor
+from .published import find_variant, published_name, published_tokenizer, read_text_config
 from .weights import StoredTensor, check_weights, new_folder, read_weights, stored, write_weights
 
 
-@dataclass
-class Variant:
-    """A published model: the LLM inside, what it was told to answer to, and what it reads."""
-
-    text_config: type[PreTrainedConfig]
-    chat_template: str
-    pseudo_image_features: bool = False
-
-
-VARIANTS = {
-    "vicuna": Variant(LlamaConfig, "vicuna_v1"),
-    "mistral": Variant(MistralConfig, "mistral"),
-    "vicuna-pif": Variant(LlamaConfig, "vicuna_v1", pseudo_image_features=True),
-}
-ARCHITECTURES = {
-    "vwLlamaForCausalLM": "vicuna",
-    "vwMistralForCausalLM": "mistral",
-    "vwPifLlamaForCausalLM": "vicuna-pif",
-    "LlavaLlamaForCausalLM": "vicuna",
-    "LlavaMistralForCausalLM": "mistral",
-}
-# Of the published checkpoints' tensors
-RENAMED = (
-    (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
-    (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
-    (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "model.vision_tower."),
-    (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
-    (r"^vm_head\.", "model.vm_head."),
-)
 # Constants that old versions of transformers saved
 RECOMPUTED = re.compile(r"(\.rotary_emb\.inv_freq|\.embeddings\.position_ids)$")
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
@@ -155,8 +125,13 @@ def convert_to_llava(source, destination, dtype=None):
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
             tensors[name] = _with_rows(tensors[name], text_config["vocab_size"])
-    with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(llava_config)
+    try:
+        with torch.device("meta"):
+            llava = LlavaForConditionalGeneration(llava_config)
+    except AttributeError as error:  # it asks for the hidden_size of its tower
+        raise ValueError(
+            f"{source}: transformers' LLaVA takes no tower of type {config.vision_config.model_type}"
+        ) from error
     mapping = [step.reverse_transform() for step in get_model_conversion_mapping(llava, add_legacy=False)[::-1]]
     tensors = {_rename(name, mapping, reverse=True): tensor for name, tensor in tensors.items()}
     if None in tensors:
@@ -189,7 +164,7 @@ def combine(language_model, vision_tower, destination, vm_head="random", seed=0,
     config = VWLmmConfig(
         vision_config,
         text_config,
-        image_token_index=len(tokenizer),
+        image_token_index=tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer)),
         visual_vocab_size=min(len(tokenizer), text_config.vocab_size),
         vision_feature_select_strategy=_select_strategy(vision_config, text_config),
         tie_word_embeddings=llm.config.tie_word_embeddings,
@@ -230,13 +205,9 @@ def _open_checkpoint(source):
 
 
 def _from_published(folder, raw, vision_tower, variant, vm_head, seed):
-    tensors = {}
-    for name, tensor in read_weights(folder).items():
-        if not RECOMPUTED.search(name):
-            for pattern, replacement in RENAMED:
-                name = re.sub(pattern, replacement, name)
-            tensors[name] = tensor
-    kind = VARIANTS[_find_variant(folder, raw, variant)]
+    found = read_weights(folder)
+    tensors = {published_name(name): found[name] for name in found if not RECOMPUTED.search(name)}
+    kind = find_variant(folder, raw, variant)
     tokenizer = published_tokenizer(folder)
     vision_tower = vision_tower or raw["mm_vision_tower"]
     vision_config, pixels = _read_vision_tower(vision_tower)
@@ -245,12 +216,10 @@ def _from_published(folder, raw, vision_tower, variant, vm_head, seed):
         raise ValueError(f"{folder} has no VM head, which a model that reads pseudo image features needs")
     config = VWLmmConfig(
         vision_config,
-        _read_text_config(kind.text_config, raw),
+        read_text_config(kind.text_config, raw),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vision_feature_layer=raw.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy="default"
-        if raw.get("mm_vision_select_feature", "patch") == "patch"
-        else "full",
+        vision_feature_select_strategy="full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default",
         image_aspect_ratio="pad" if raw.get("image_aspect_ratio") == "pad" else "crop",
         pseudo_image_features=kind.pseudo_image_features,
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
@@ -268,44 +237,6 @@ def _from_published(folder, raw, vision_tower, variant, vm_head, seed):
     template = read_chat_template(kind.chat_template)
     processor = make_processor(config, tokenizer, pixels["image_mean"], pixels["image_std"], template)
     return Checkpoint(config, tensors, processor, _read_generation_config(folder))
-
-
-def _find_variant(folder, raw, variant):
-    path = folder / "config.json"
-    for field, expected in {
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-    }.items():
-        if raw.get(field, expected) != expected:
-            raise ValueError(f"{path}: {field} is {raw[field]}, only {expected} is supported")
-    if raw.get("image_aspect_ratio") not in (None, "square", "pad"):
-        raise ValueError(
-            f'{path}: image_aspect_ratio is {raw["image_aspect_ratio"]}, only "pad" and null are supported'
-        )
-    if variant is not None:
-        if variant not in VARIANTS:
-            raise ValueError(f'variant is "{variant}", expected one of {", ".join(VARIANTS)}')
-        return variant
-    for architecture in raw.get("architectures") or []:
-        if architecture in ARCHITECTURES:
-            return ARCHITECTURES[architecture]
-    if raw.get("architectures"):
-        raise ValueError(
-            f"{path}: found the architecture {', '.join(raw['architectures'])}, expected one of "
-            f"{', '.join(ARCHITECTURES)}; --variant says which it is like"
-        )
-    return "mistral" if "sliding_window" in raw else "vicuna"
-
-
-def _read_text_config(config_class, raw):
-    # What remains are settings of LLaVA and of generation. Old names of fields are told apart by from_dict
-    names = {*config_class.__annotations__, *PreTrainedConfig.__annotations__, "rope_theta", "rope_scaling"}
-    dropped = {"architectures", "dtype", "return_dict", "output_hidden_states", "transformers_version"}
-    given = {name: raw[name] for name in names - dropped if raw.get(name) is not None}
-    if "sliding_window" in raw:
-        given["sliding_window"] = raw["sliding_window"]
-    return config_class.from_dict({**given, "model_type": config_class.model_type})
 
 
 def _from_llava(folder, vm_head, seed):

@@ -1,11 +1,8 @@
 """Processors for VW-LMM models: LLaVA's own, set up from the model's config."""
 
-import json
 import math
-from pathlib import Path
 
-from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
-from transformers import LlamaTokenizer, LlavaImageProcessorPil, LlavaProcessor, TokenizersBackend
+from transformers import LlavaImageProcessorPil, LlavaProcessor
 
 
 IMAGE_TOKEN = "<image>"
@@ -85,44 +82,3 @@ def make_processor(config, tokenizer, image_mean, image_std, chat_template=None)
         image_token=IMAGE_TOKEN,
         chat_template=chat_template,
     )
-
-
-def published_tokenizer(folder):
-    """The tokenizer of a published checkpoint, which gives the ids that its pipeline made of whole prompts.
-
-    That pipeline tokenized the text around each image on its own with sentencepiece, which begins every text with a
-    space of its own. So here the text after an image begins with one.
-
-    Args:
-        folder (`str`): with `tokenizer.model` and `tokenizer_config.json`.
-    """
-    folder = Path(folder)
-    if not (folder / "tokenizer.model").is_file():
-        raise FileNotFoundError(f"{folder / 'tokenizer.model'}: no such file, expected a sentencepiece model")
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    tokenizer = LlamaTokenizer.from_pretrained(folder)
-    backend = tokenizer.backend_tokenizer
-    spaces = normalizers.Replace(" ", "▁")
-    if settings.get("legacy", True) is not False:
-        # Any special token begins a new text
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
-        backend.pre_tokenizer = None
-    else:
-        # Only an image does: its token is looked for in normalized text, and so found with what it begins. The space
-        # at the very start has to come with Metaspace, which alone knows where that is; spaces of the text being
-        # replaced by then, it adds one always
-        image = Regex(rf"{IMAGE_TOKEN}(?=(?!{IMAGE_TOKEN})[\s\S])")
-        backend.normalizer = normalizers.Sequence([spaces, normalizers.Replace(image, f"{IMAGE_TOKEN}▁")])
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
-                pre_tokenizers.Metaspace("▁", prepend_scheme="never", split=False),
-            ]
-        )
-    # LlamaTokenizer would build its own rules again when it is loaded
-    tokenizer = TokenizersBackend(
-        tokenizer_object=backend, model_max_length=tokenizer.model_max_length, **tokenizer.special_tokens_map
-    )
-    image = AddedToken(IMAGE_TOKEN, special=True, normalized=settings.get("legacy", True) is False)
-    tokenizer.add_special_tokens({"additional_special_tokens": [image]}, replace_extra_special_tokens=False)
-    return tokenizer

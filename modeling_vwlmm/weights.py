@@ -110,8 +110,8 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _dtype_of(tensor_slice) -> torch.dtype:
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    # Others are not weights of a model that is not quantized; they are found by their dtype later
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+    # No other stands for a weight or a counter
     return getattr(torch, names.get(tensor_slice.get_dtype(), "uint8"))
 
 
@@ -153,15 +153,18 @@ def check_weights(tensors: dict[str, StoredTensor], expected: dict[str, torch.Te
                 f"{tensor.source} in {folder}: {name} has the shape {tuple(tensor.meta.shape)}, the config says "
                 f"{tuple(expected[name].shape)}"
             )
-        if not tensor.meta.is_floating_point():
-            raise ValueError(f"{tensor.source} in {folder}: {name} is quantized, expected floating-point numbers")
+        if tensor.meta.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(
+                f"{tensor.source} in {folder}: {name} holds {tensor.meta.dtype}, expected {expected[name].dtype} or "
+                "another of its kind: quantized weights are not supported"
+            )
 
 
 def write_weights(folder: Path, tensors: dict[str, StoredTensor], dtype: torch.dtype | None = None) -> None:
     """Write safetensors shards as `save_pretrained` does, one after another."""
 
     def stored_as(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if dtype is None else tensor.to(dtype)
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     split = split_state_dict_into_shards_factory(
         {name: stored_as(tensor.meta) for name, tensor in tensors.items()},
