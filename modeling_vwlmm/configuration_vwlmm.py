@@ -118,7 +118,7 @@ class VWLmmConfig(LlavaConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if str(config_dict.get("model_type", "")).startswith("llava"):
+        if config_dict.get("model_type") == "llava" or "mm_vision_tower" in config_dict:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is a LLaVA checkpoint, or a VW-LMM one as published. To make a "
                 f"model of it: vwlmm convert {pretrained_model_name_or_path} NEW_FOLDER"

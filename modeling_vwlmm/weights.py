@@ -73,7 +73,7 @@ def read_weights(folder: str | os.PathLike) -> dict[str, StoredTensor]:
 def _read_shards(index: Path, read) -> dict[str, StoredTensor]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
+        shards = sorted({os.fspath(shard) for shard in weight_map.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{index} is no index of shards: expected a JSON object with a "weight_map"') from error
     tensors = {}
