@@ -24,6 +24,8 @@ LLMS = {
     "vwLlamaForCausalLM": (LlamaConfig, LlamaForCausalLM),
     "vwPifLlamaForCausalLM": (LlamaConfig, LlamaForCausalLM),
     "vwMistralForCausalLM": (MistralConfig, MistralForCausalLM),
+    "LlavaLlamaForCausalLM": (LlamaConfig, LlamaForCausalLM),
+    "LlavaMistralForCausalLM": (MistralConfig, MistralForCausalLM),
 }
 
 

@@ -6,10 +6,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from published import write_published
 from test_cli import CPU, data, model_folder  # noqa: F401
+from test_convert import write_llava
 from test_trainer import picture, tiny_processor
 from tiny import tiny_config
-from transformers import AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessorPil, CLIPVisionModel
 
 from modeling_vwlmm.cli import main
 
@@ -17,6 +19,7 @@ from modeling_vwlmm.cli import main
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = re.findall(r"^vwlmm .*$", README, flags=re.MULTILINE)
+CONVERSIONS = re.findall(r"`(vwlmm convert .* .*)`", README)
 
 
 @pytest.fixture
@@ -52,17 +55,36 @@ def local(tmp_path, monkeypatch, model_folder, data):  # noqa: F811
 
 
 def test_python_examples_run(local, capsys):
-    use, ask, train, build = PYTHON
+    use, ask, train = PYTHON
     variables = {}
     exec(local(use + ask), variables)
     patches = variables["model"].config.image_seq_length
     assert variables["words"].shape == (1, patches, 99) and isinstance(variables["answer"], str)
     exec(local(train), variables)
     assert variables["trainer"].state.global_step == 1
-    # The tiny tokenizer has the image token already, as the 100th
-    exec(local(build).replace("len(tokenizer)", "99"), variables)
-    loaded = AutoModelForCausalLM.from_pretrained("runs/7b/start")
-    assert loaded.config.image_token_id == 99 and "USER: " in variables["processor"].chat_template
+
+
+def test_conversions_run(local, tmp_path, capsys):
+    write_published(tmp_path / "published")
+    write_published(tmp_path / "llava-1.5", "LlavaLlamaForCausalLM", vm_head=False, tower_weights=False)
+    write_llava(tmp_path / "llava-hf")
+    here = {
+        "MYTH-Lab/VW-LMM-Vicuna-7b": "published",
+        "liuhaotian/llava-v1.5-7b": "llava-1.5",
+        "llava-hf/llava-1.5-7b-hf": "llava-hf",
+        "smollm2.gguf": "llm",
+    }
+    assert len(CONVERSIONS) == 6
+    for command in CONVERSIONS:
+        for name, folder in here.items():
+            command = command.replace(f" {name} ", f" {folder} ")
+        command = local(command)
+        main(shlex.split(command)[1:])
+        destination = command.split()[-1]
+        loaded = (AutoModelForImageTextToText if "--to llava" in command else AutoModelForCausalLM).from_pretrained(
+            destination
+        )
+        assert loaded.config.model_type == ("llava" if "--to llava" in command else "vwlmm")
 
 
 def test_commands_run(local, capsys):
