@@ -58,13 +58,16 @@ def load_dataset(name, image_folder=None, split="train"):
 
 
 def train(argv):
+    import torch
     import yaml
     from transformers import AutoProcessor
     from trl import TrlParser
 
+    from .lora import LoraArguments
     from .trainer import VWLmmSFTConfig, VWLmmSFTTrainer
 
-    parser = TrlParser((TrainArguments, VWLmmSFTConfig), prog="vwlmm train", allow_abbrev=False)
+    kinds = (TrainArguments, VWLmmSFTConfig, LoraArguments)
+    parser = TrlParser(kinds, prog="vwlmm train", allow_abbrev=False)
     parser.epilog = "example: vwlmm train --config recipes/stage2_instruct.yaml --learning_rate 1e-5"
     parser.add_argument("--config", help="the recipe, a YAML file of the fields below; arguments override it")
     # TRL's parser looks for "--config FILE" alone
@@ -78,12 +81,12 @@ def train(argv):
                 raise ValueError(f"{recipe} is not YAML: {error}") from error
         if not isinstance(given, dict):
             raise ValueError(f"{recipe} is not a recipe: expected a YAML mapping of fields to values")
-        known = [f.name for kind in (TrainArguments, VWLmmSFTConfig) for f in fields(kind)] + ["env"]
+        known = [f.name for kind in kinds for f in fields(kind)] + ["env"]
         for name in given:
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, n=1)
                 raise ValueError(f'{recipe}: unknown field "{name}"' + (f', is "{close[0]}" meant?' if close else ""))
-    arguments, config, *_ = parser.parse_args_and_config(argv)
+    arguments, config, lora, *_ = parser.parse_args_and_config(argv)
 
     dataset = load_dataset(arguments.dataset, arguments.image_folder, arguments.dataset_split)
     eval_dataset = None
@@ -95,6 +98,8 @@ def train(argv):
         train_dataset=dataset,
         eval_dataset=eval_dataset,
         processing_class=AutoProcessor.from_pretrained(arguments.model),
+        peft_config=lora.peft_config(),
+        quantization_config=lora.quantization_config(torch.bfloat16 if config.bf16 else torch.float32),
     )
     checkpoint = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
@@ -240,11 +245,32 @@ def words(argv):
         )
 
 
-VERBS = {"train": train, "convert": convert, "generate": generate, "words": words}
+def merge(argv):
+    parser = argparse.ArgumentParser(
+        prog="vwlmm merge",
+        description="Merge an adapter into the model that it was trained on: a model that needs no PEFT.",
+        epilog="example: vwlmm merge runs/7b/lora runs/7b/merged",
+    )
+    parser.add_argument("adapter", help="folder or repository")
+    parser.add_argument("destination", help="the folder to write")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="the base model's if not given")
+    arguments = parser.parse_args(argv)
+
+    import torch
+
+    from .lora import merge
+
+    _quiet()
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else "auto"
+    merge(arguments.adapter, arguments.destination, dtype)
+
+
+VERBS = {"train": train, "convert": convert, "merge": merge, "generate": generate, "words": words}
 USAGE = """usage: vwlmm VERB ...
 
   train     one stage or recipe:  vwlmm train --config recipes/quickstart/stage1_align.yaml
   convert   another checkpoint:   vwlmm convert SRC DST
+  merge     adapter and model:    vwlmm merge ADAPTER DST
   generate  answer a question:    vwlmm generate MODEL IMAGE [IMAGE ...] --prompt TEXT
   words     draw visual words:    vwlmm words MODEL IMAGE [IMAGE ...] --output FILE.png
 

@@ -27,6 +27,17 @@ from datasets import Dataset, Features, Image, List, Value
 IMAGE_MARKER = "<image>"
 COLORS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 SHAPES = {"circle", "rectangle", "triangle"}
+# easy-VQA's own wordings, which ask for one of the two
+PAIR_WORDINGS = [
+    "is there a {}?",
+    "is there not a {}?",
+    "is there a {} in the image?",
+    "is there not a {} in the image?",
+    "does the image contain a {}?",
+    "does the image not contain a {}?",
+    "is a {} present?",
+    "is no {} present?",
+]
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
 FEATURES = Features(
@@ -97,6 +108,8 @@ def easy_vqa(split: str, task: str) -> Dataset:
             "conversation": an image and all of its questions with their answers.
             "shuffled-conversation": the same, each image four times, with its questions in four random orders. A model
                 that will be asked one question at a time learns too little from the first ones of 4,000 conversations.
+            "pair-conversation": an image and four questions that easy-VQA does not ask, with their answers: about a
+                colour and a shape at once, like "is there a red circle?". Of the images that "caption" has.
             "question": an image and one question, not answered in `messages` but in `answer`.
 
     Returns:
@@ -116,6 +129,7 @@ def easy_vqa(split: str, task: str) -> Dataset:
         "caption": _caption_rows,
         "conversation": _conversation_rows,
         "shuffled-conversation": _shuffled_conversation_rows,
+        "pair-conversation": _pair_conversation_rows,
         "question": _question_rows,
     }
     if split not in splits:
@@ -328,6 +342,22 @@ def _shuffled_conversation_rows(questions: dict[int, list[tuple[str, str]]], pat
         for i in range(4):
             row = next(_conversation_rows({image: order.sample(answered, len(answered))}, paths))
             yield {**row, "id": f"{image}-{i}"}
+
+
+def _pair_conversation_rows(questions: dict[int, list[tuple[str, str]]], paths: dict[int, str]) -> Iterator[dict]:
+    asked = random.Random(0)
+    for row in _caption_rows(questions, paths):
+        _, color, shape = row["messages"][-1]["content"][0]["text"].split()
+        other_color, other_shape = asked.choice(sorted(COLORS - {color})), asked.choice(sorted(SHAPES - {shape}))
+        wrong = [(other_color, shape), (color, other_shape), (other_color, other_shape)]
+        turns = []
+        for wording in asked.sample(PAIR_WORDINGS, 4):
+            is_there = asked.random() < 0.5
+            pair = (color, shape) if is_there else asked.choice(wrong)
+            is_negated = re.search(r"\b(no|not)\b", wording) is not None
+            turns += [("human", wording.format(" ".join(pair))), ("gpt", "yes" if is_there != is_negated else "no")]
+        turns[0] = ("human", f"{IMAGE_MARKER}\n{turns[0][1]}")
+        yield _row(row["id"], paths[int(row["id"])], turns)
 
 
 def _question_rows(questions: dict[int, list[tuple[str, str]]], paths: dict[int, str]) -> Iterator[dict]:

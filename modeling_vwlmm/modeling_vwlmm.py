@@ -1,5 +1,6 @@
 """VW-LMM: a LLaVA model whose VM head names each image patch with a distribution over the LLM's vocabulary."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,16 @@ class VWLmmMultiModalProjector(LlavaMultiModalProjector):
         self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
 
 
+# A weight of the adapter of that name, among those of a PEFT model
+_ADAPTER_WEIGHT = re.compile(r"\.(?:lora_\w+|modules_to_save)\.(\w+)(?:\.|$)")
+
+
+def _refuse(what, problems):
+    problems = [f"{problem}: {', '.join(sorted(keys))}" for problem, keys in problems.items() if keys]
+    if problems:
+        raise ValueError(f"the weights in {what} do not fit: {'; '.join(problems)}")
+
+
 class VWLmmPreTrainedModel(LlavaPreTrainedModel):
     config: VWLmmConfig
 
@@ -87,10 +98,14 @@ class VWLmmPreTrainedModel(LlavaPreTrainedModel):
                 f"{name} {tuple(found)} instead of {tuple(expected)}"
                 for name, found, expected in info["mismatched_keys"]
             ]
-        problems = [f"{what}: {', '.join(sorted(keys))}" for what, keys in problems.items() if keys]
-        if problems:
-            raise ValueError(f"the weights in {pretrained_model_name_or_path} do not fit: {'; '.join(problems)}")
+        _refuse(pretrained_model_name_or_path, problems)
         return (model, info) if output_loading_info else model
+
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """As in transformers, but adapter weights that are missing or unexpected are a `ValueError`."""
+        info = super().load_adapter(peft_model_id, *args, **kwargs)
+        _refuse("the adapter", {"missing": info.missing_keys, "unexpected": info.unexpected_keys})
+        return info
 
 
 class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
@@ -230,6 +245,15 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
         self.model = VWLmmModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # As PEFT loads adapters: it says nothing of modules_to_save that are missing, and warns of other weights
+        adapters = {match[1] for match in map(_ADAPTER_WEIGHT.search, state_dict) if match}
+        if adapters:
+            own = {f"{prefix}{name}" for name in self.state_dict()}
+            expected = {name for name in own if (match := _ADAPTER_WEIGHT.search(name)) and match[1] in adapters}
+            _refuse("the adapter", {"missing": expected - state_dict.keys(), "unexpected": state_dict.keys() - own})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def visual_words(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The visual words of images: w_j = softmax(W_vm f_j).

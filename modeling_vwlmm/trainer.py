@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path
 
 from .collator import VWLmmDataCollator
+from .lora import for_language_model, keep_precision, skip_small_parts
 from .modeling_vwlmm import VWLmmForCausalLM
 from .visual_word_loss import scored_positions
 
@@ -51,7 +52,8 @@ class VWLmmSFTConfig(SFTConfig):
             below, see `STAGES`, where they are not given.
         trainable (`list[str]`, *optional*):
             Which parts train, of `"vision_tower"`, `"projector"`, `"language_model"` (its head included) and
-            `"vm_head"`; the others are frozen. The model's own `requires_grad` if not given.
+            `"vm_head"`; the others are frozen. The model's own `requires_grad` if not given. With a `peft_config` the
+            language model trains through its adapter, the others whole, as `modules_to_save`.
         visual_word_loss_weight (`float`, *optional*), visual_word_target (`str`, *optional*),
         detach_visual_words (`bool`, *optional*):
             Written into the model's config, see [`VWLmmConfig`]. Left as they are there if not given.
@@ -201,7 +203,7 @@ class VWLmmSFTTrainer(SFTTrainer):
         base_model = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base_model, VWLmmForCausalLM):
             raise TypeError(f"model must be a VWLmmForCausalLM, got a {type(base_model).__name__}")
-        self._set_stage(model, base_model, args, has_peft_config=kwargs.get("peft_config") is not None)
+        kwargs["peft_config"] = self._set_stage(model, base_model, args, kwargs.get("peft_config"))
 
         if processing_class is None:
             if not base_model.config.name_or_path:
@@ -240,24 +242,31 @@ class VWLmmSFTTrainer(SFTTrainer):
             **kwargs,
         )
         self._eval_sums = defaultdict(float)
+        if is_peft_model(self.model):
+            keep_precision(self.model, has_autocast=args.bf16 or args.fp16)
         add_visual_word_loss(self.model.get_base_model() if is_peft_model(self.model) else self.model)
 
     @staticmethod
-    def _set_stage(model, base_model, args, has_peft_config):
+    def _set_stage(model, base_model, args, peft_config):
         fields = ("trainable", "visual_word_loss_weight", "visual_word_target", "detach_visual_words")
         given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
         settings = {**STAGES.get(args.stage, {}), **given}
         for name in fields[1:]:
             if name in settings:
                 setattr(base_model.config, name, settings[name])
-        if is_peft_model(model) or has_peft_config:
+        if peft_config is not None:
+            peft_config = for_language_model(peft_config, settings.get("trainable"))
+        elif is_peft_model(model):
             if args.trainable is not None:
-                raise ValueError("trainable chooses whole parts of a model: with PEFT, use its modules_to_save")
+                raise ValueError(
+                    "trainable chooses whole parts of a model, but a PEFT model has been told what trains"
+                )
         elif "trainable" in settings:
             train_only(model, settings["trainable"])
         if _trains_only_the_vm_head(base_model):
             # There is no graph to checkpoint, and checkpointing would make one: it asks for gradients of the inputs
             args.activation_checkpointing = args.gradient_checkpointing = False
+        return peft_config
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -340,7 +349,7 @@ def _load(name, args, quantization_config):
     model_init_kwargs = dict(args.model_init_kwargs or {})
     args.model_init_kwargs = None
     if quantization_config is not None:
-        model_init_kwargs["quantization_config"] = quantization_config
+        model_init_kwargs["quantization_config"] = skip_small_parts(quantization_config)
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         model_init_kwargs["device_map"] = None
     return create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)

@@ -556,6 +556,25 @@ def test_easy_vqa_shuffled_conversations():
     assert reordered > 90
 
 
+def test_questions_about_colour_and_shape_at_once():
+    captions = {row["id"]: row["messages"][-1]["content"][0]["text"] for row in easy_vqa("test", "caption")}
+    rows = easy_vqa("test", "pair-conversation").to_list()
+    assert [row["id"] for row in rows] == list(captions)
+    asked_before = {
+        text for row in easy_vqa("test", "question") for text in [row["messages"][0]["content"][-1]["text"]]
+    }
+    answers = []
+    for row in rows:
+        texts = [message["content"][-1]["text"].strip() for message in row["messages"]]
+        assert len(texts) == 8 and row["messages"][0]["content"][0]["type"] == "image"
+        for question, answer in zip(texts[::2], texts[1::2], strict=True):
+            assert question not in asked_before
+            is_there = re.search(r"a? ?(\w+ (circle|rectangle|triangle))", question)[1] == captions[row["id"]][2:]
+            assert answer == ("yes" if is_there != bool({"no", "not"} & set(question.split())) else "no")
+            answers.append(answer)
+    assert 0.45 < answers.count("yes") / len(answers) < 0.55
+
+
 @pytest.mark.parametrize("split, images, left_out", [("train", 4000, 422), ("test", 1000, 112)])
 def test_easy_vqa_captions(split, images, left_out):
     import easy_vqa as source

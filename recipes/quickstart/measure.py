@@ -4,6 +4,7 @@ import argparse
 from collections import Counter, defaultdict
 
 import numpy as np
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -25,9 +26,20 @@ def answer(model, processor, rows):
     return processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def accuracy(model, processor, batch_size=256):
-    """Share of right answers to easy-VQA's test questions by kind, "overall" too, and the answered questions."""
-    questions = easy_vqa("test", "question")
+def pair_questions():
+    """The test questions of "pair-conversation", one at a time."""
+    rows = []
+    for row in easy_vqa("test", "pair-conversation").to_list():
+        (image, *_), texts = row["messages"][0]["content"], [m["content"][-1]["text"] for m in row["messages"]]
+        for question, answer in zip(texts[::2], texts[1::2], strict=True):
+            messages = [{"role": "user", "content": [image, {"type": "text", "text": "\n" + question.strip()}]}]
+            rows.append({**row, "messages": messages, "answer": answer, "kind": "pair"})
+    return Dataset.from_list(rows)
+
+
+def accuracy(model, processor, questions=None, batch_size=256):
+    """Share of right answers to test questions, easy-VQA's if not given: by kind and "overall". And what was answered."""
+    questions = easy_vqa("test", "question") if questions is None else questions
     right, answered = defaultdict(list), []
     for start in tqdm(range(0, len(questions), batch_size), desc="test questions"):
         rows = questions.select(range(start, min(start + batch_size, len(questions)))).to_list()
@@ -71,8 +83,13 @@ def naming_share(model, processor, k=3):
 def main():
     parser = argparse.ArgumentParser(description="Measure a quickstart model.")
     parser.add_argument("model", help="its folder")
-    folder = parser.parse_args().model
-    model, processor = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    parser.add_argument("--pairs", action="store_true", help="ask for a colour and a shape at once too")
+    arguments = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    if arguments.pairs:
+        right, _ = accuracy(model, processor, pair_questions())
+        print(f"right answers to questions about a colour and a shape at once, %: {100 * right['pair']:.2f}")
     right, _ = accuracy(model, processor)
     print("right answers, %:", ", ".join(f"{kind} {100 * share:.2f}" for kind, share in right.items()))
     for k in (1, 3):

@@ -1,0 +1,178 @@
+"""Adapters that train the LLM of a VW-LMM model and leave its heads and its vision tower alone, through PEFT."""
+
+import copy
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
+from transformers import AutoProcessor, BitsAndBytesConfig
+
+from .modeling_vwlmm import VWLmmForCausalLM
+from .weights import new_folder
+
+
+# Outside of these no module gets an adapter unless its whole name is asked for
+_NOT_IN_THE_LLM = r"(?!model\.language_model\.).*"
+# What stays as it is when the LLM is quantized: small, or read as a plain weight by the losses
+NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "model.vm_head", "lm_head"]
+SAVED_WHOLE = {"vision_tower": "vision_tower", "projector": "multi_modal_projector", "vm_head": "vm_head"}
+
+
+@dataclass
+class LoraArguments:
+    """LoRA and QLoRA in recipes, with the names of TRL's [`~trl.ModelConfig`]; `lora_kwargs` takes the rest."""
+
+    use_peft: bool = field(default=False, metadata={"help": "Train an adapter instead of the LLM itself."})
+    lora_r: int = field(default=16, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of layers of the LLM. All its linear ones if not given."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules that train whole. The projector and the VM head if not given and the stage says so."
+        },
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
+    use_dora: bool = field(default=False, metadata={"help": "Train weights' magnitudes beside their directions."})
+    lora_kwargs: dict | None = field(
+        default=None, metadata={"help": "More fields of peft.LoraConfig, as a mapping, init_lora_weights for example."}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: load the LLM in 4 bits (bitsandbytes)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the LLM in 8 bits (bitsandbytes)."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the scales too."})
+
+    def peft_config(self):
+        """The [`~peft.LoraConfig`], None without `use_peft`."""
+        if not self.use_peft:
+            return None
+        try:
+            return LoraConfig(
+                task_type="CAUSAL_LM",
+                r=self.lora_r,
+                lora_alpha=self.lora_alpha,
+                lora_dropout=self.lora_dropout,
+                target_modules=self.lora_target_modules,
+                modules_to_save=self.lora_modules_to_save,
+                use_rslora=self.use_rslora,
+                use_dora=self.use_dora,
+                **(self.lora_kwargs or {}),
+            )
+        except TypeError as error:
+            raise ValueError(f"lora_kwargs do not fit peft.LoraConfig: {error}") from error
+
+    def quantization_config(self, compute_dtype):
+        """The [`~transformers.BitsAndBytesConfig`], None where nothing is quantized."""
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return None
+        if not self.use_peft:
+            raise ValueError("load_in_4bit and load_in_8bit train nothing without use_peft")
+        return BitsAndBytesConfig(
+            load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
+            bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
+        )
+
+
+def for_language_model(peft_config, parts):
+    """A copy of a LoRA config whose adapters are on the LLM's linear layers, and on no others.
+
+    Args:
+        peft_config ([`~peft.LoraConfig`]):
+            Where its `target_modules` is a list, the layers of the LLM of those names are taken, and all of its linear
+            ones where it is not given. A regular expression is left as it is.
+        parts (`list[str]`, *optional*):
+            What the stage trains, see `PARTS`: all of it but the LLM trains whole, if `modules_to_save` is not given.
+
+    Raises:
+        ValueError: `parts` leaves the LLM out.
+    """
+    peft_config = copy.copy(peft_config)
+    if peft_config.target_modules is None:
+        if parts is not None and "language_model" not in parts:
+            raise ValueError(
+                f"an adapter trains the language_model, but what trains is {', '.join(parts)}: use no PEFT here"
+            )
+        peft_config.target_modules = "all-linear"
+    if peft_config.target_modules == "all-linear" or not isinstance(peft_config.target_modules, str):
+        excluded = peft_config.exclude_modules or []
+        if not isinstance(excluded, str):
+            excluded = "|".join(rf"(.*\.)?{re.escape(name)}" for name in sorted(excluded))
+        peft_config.exclude_modules = "|".join(filter(None, [_NOT_IN_THE_LLM, excluded]))
+    if peft_config.modules_to_save is None and parts is not None:
+        peft_config.modules_to_save = [SAVED_WHOLE[part] for part in parts if part != "language_model"] or None
+    return peft_config
+
+
+def skip_small_parts(quantization_config):
+    """A copy of a bitsandbytes config that leaves all but the LLM unquantized, if it does not say what to leave."""
+    if getattr(quantization_config, "llm_int8_skip_modules", NOT_QUANTIZED) is None:
+        quantization_config = copy.copy(quantization_config)
+        quantization_config.llm_int8_skip_modules = NOT_QUANTIZED
+    return quantization_config
+
+
+def keep_precision(model, has_autocast):
+    """Keep what a PEFT model trains whole in float32 under autocast, as PEFT keeps adapters: small steps vanish in 16
+    bits. Without autocast, it stays in the dtype of what it replaces."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            dtype = torch.float32 if has_autocast else next(module.original_module.parameters()).dtype
+            module.modules_to_save.to(dtype)
+
+
+def merge(adapter, destination, dtype="auto"):
+    """Add an adapter's weights to those of the base model that its config names, and save a model without PEFT.
+
+    Args:
+        adapter (`str`): folder or repository.
+        destination (`str`): the folder to write, which must not exist.
+        dtype (`torch.dtype`, *optional*, defaults to `"auto"`):
+            Of the base model. Its own if not given, however it was quantized when the adapter was trained.
+
+    Raises:
+        ValueError: the adapter does not fit its base, or adding it changes nothing.
+    """
+    try:
+        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{adapter} is no adapter: expected a folder or repository with adapter_config.json"
+        ) from error
+    try:
+        base = VWLmmForCausalLM.from_pretrained(name, dtype=dtype)
+    except OSError as error:
+        raise FileNotFoundError(f"{name}, the base model of {adapter}, cannot be loaded: {error}") from error
+    if base.config.to_dict().get("quantization_config"):
+        raise ValueError(f"{name}, the base model of {adapter}, is quantized: name what it was made of in its config")
+    before = _fingerprints(base)
+    try:
+        model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+    except (KeyError, RuntimeError) as error:  # of a tensor that is missing, or of another shape
+        raise ValueError(f"{adapter} does not fit {name}, its base model: {error}") from error
+    if _fingerprints(model) == before:
+        raise ValueError(
+            f"merging {adapter} into {name} changes nothing: its weights are zero, or too small for {model.dtype}"
+        )
+    has_processor = (Path(adapter) / "processor_config.json").is_file()
+    processor = AutoProcessor.from_pretrained(adapter if has_processor else name)
+    with new_folder(destination) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+
+def _fingerprints(model):
+    weights = model.state_dict().items()
+    return {name: hashlib.blake2b(weight.reshape(-1).view(torch.uint8).numpy()).digest() for name, weight in weights}
+
+
+__all__ = ["LoraArguments", "for_language_model", "merge"]

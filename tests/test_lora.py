@@ -1,0 +1,299 @@
+"""LoRA: adapters on the LLM alone, one folder with all that was trained, merged without a trace."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from test_trainer import conversations, picture, sft_config, tiny_processor
+from tiny import LLMS, TOWERS, tiny_batch, tiny_model, without_labels
+from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
+
+from modeling_vwlmm import VWLmmForCausalLM
+from modeling_vwlmm.cli import main
+from modeling_vwlmm.trainer import VWLmmSFTTrainer
+
+
+SWITCHES = {
+    "plain": {},
+    "all-linear": {"target_modules": "all-linear"},
+    "two": {"target_modules": ["q_proj", "v_proj"]},
+    "not one": {"exclude_modules": ["q_proj"]},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "bias": {"bias": "lora_only"},
+}
+
+
+def base_folder(tmp_path, **model):
+    model = tiny_model(**model)
+    model.save_pretrained(tmp_path / "base")
+    tiny_processor(model.config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def train(tmp_path, base=None, stage="joint", lora=(), **kwargs):
+    """An adapter in tmp_path / "adapter", and the trainer."""
+    base = base or base_folder(tmp_path)
+    arguments = {"stage": stage, "learning_rate": 0.1, "max_steps": 2, **kwargs}
+    trainer = VWLmmSFTTrainer(
+        str(base),
+        sft_config(tmp_path / "adapter", **arguments),
+        train_dataset=conversations(),
+        peft_config=LoraConfig(r=2, task_type="CAUSAL_LM", **dict(lora)),
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def adapted(model):
+    return {
+        name.removeprefix("base_model.model.") for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
+    }
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(**without_labels(tiny_batch(model.config))).logits
+
+
+def linear_layers(llm):
+    return {f"model.language_model.{name}" for name, m in llm.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("llm", LLMS)
+def test_adapters_are_on_the_llm_alone(tmp_path, llm, tower):
+    base = base_folder(tmp_path, llm=llm, tower=tower)
+    model = train(tmp_path, base, max_steps=1).model
+    base_model = model.get_base_model()
+    lora = {
+        name.replace(".base_layer", "")
+        for name in linear_layers(base_model.model.language_model)
+        if "lora_" not in name
+    }
+    assert adapted(model) == lora and len(lora) == 14
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert trained and all("multi_modal_projector.modules_to_save.default" in name for name in trained)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_switches_pass_through(tmp_path, switch):
+    model = train(tmp_path, lora=SWITCHES[switch], max_steps=1).model
+    found = adapted(model)
+    assert found and all(name.startswith("model.language_model.") for name in found)
+    layers = {name.rpartition(".")[2] for name in found}
+    if switch == "two":
+        assert layers == {"q_proj", "v_proj"}
+    elif switch == "not one":
+        assert "q_proj" not in layers and len(layers) == 6
+    elif switch == "one layer":
+        assert found == {"model.language_model.layers.1.self_attn.q_proj"}
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert (switch == "dora") == any("lora_magnitude_vector" in name for name in names)
+
+
+def test_a_regular_expression_is_taken_as_it_is(tmp_path):
+    model = train(tmp_path, lora={"target_modules": r".*(vision_tower|language_model).*\.q_proj"}, max_steps=1).model
+    assert {name.split(".")[1] for name in adapted(model)} == {"vision_tower", "language_model"}
+
+
+WHOLE = {
+    "joint": ({"stage": "joint"}, {"multi_modal_projector"}),
+    "with the VM head": (
+        {"stage": "joint", "trainable": ["projector", "language_model", "vm_head"]},
+        {"multi_modal_projector", "vm_head"},
+    ),
+    "with the tower": (
+        {"stage": "instruct", "trainable": ["vision_tower", "language_model"]},
+        {"vision_tower"},
+    ),
+    "the LLM alone": ({"trainable": ["language_model"]}, set()),
+    "no stage": ({"stage": None}, set()),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_what_trains_whole(tmp_path, case):
+    arguments, expected = WHOLE[case]
+    base = base_folder(tmp_path)
+    trainer = train(tmp_path, base, **arguments)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".")[3] for name in saved if "lora_" not in name} == expected
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    after = trainer.model.get_base_model().state_dict()
+    changed = {
+        name.split(".")[1]
+        for name in before
+        if (tensor := after.get(name)) is not None and not torch.equal(before[name], tensor)
+    }
+    assert not changed  # of what was there before
+
+
+def test_a_stage_without_the_llm_needs_no_adapter(tmp_path):
+    with pytest.raises(ValueError, match="what trains is vm_head: use no PEFT here"):
+        train(tmp_path, stage="visual_words")
+
+
+def test_the_visual_word_loss_is_in(tmp_path):
+    """Its gradient reaches the adapters and the projector: with another weight they get another one."""
+    gradients = {}
+    for weight in (0.0, 1.0):
+        folder = tmp_path / str(weight)
+        folder.mkdir()
+        trainer = train(folder, visual_word_loss_weight=weight, max_steps=1, lora={"init_lora_weights": False})
+        assert (trainer.state.log_history[0]["vw_loss"] > 0) == (weight > 0)
+        weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+        gradients[weight] = weights
+    different = {name for name in gradients[0.0] if not torch.equal(gradients[0.0][name], gradients[1.0][name])}
+    assert {name.split(".")[3] for name in different} == {"language_model", "multi_modal_projector"}
+
+
+PEFT_ALONE = """
+import sys, torch
+import modeling_vwlmm
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+base, adapter, batch, logits = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+with torch.no_grad():
+    save_file({"logits": model(**load_file(batch)).logits}, logits)
+"""
+
+
+def test_one_folder_holds_all(tmp_path):
+    """In a fresh process with PEFT's own calls, and in one call of transformers."""
+    model = train(tmp_path, trainable=["projector", "language_model", "vm_head"]).model
+    batch = without_labels(tiny_batch(model.config))
+    save_file(batch, tmp_path / "batch")
+    arguments = [str(tmp_path / name) for name in ("base", "adapter", "batch", "logits")]
+    subprocess.run([sys.executable, "-c", PEFT_ALONE, *arguments], check=True)
+    assert torch.equal(load_file(tmp_path / "logits")["logits"], logits_of(model))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    pixel_values = batch["pixel_values"]
+    assert torch.equal(loaded.visual_words(pixel_values), model.get_base_model().visual_words(pixel_values))
+    assert AutoProcessor.from_pretrained(tmp_path / "adapter").image_token == "<image>"
+
+
+LOADS = {
+    "peft": lambda base, adapter: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter),
+    "transformers": lambda base, adapter: AutoModelForCausalLM.from_pretrained(adapter),
+}
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("key", ["linear_1.bias", "lora_A.weight", "extra"])
+def test_a_key_too_few_or_too_many(tmp_path, key, load):
+    train(tmp_path)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    if key == "extra":
+        weights["base_model.model.model.language_model.layers.7.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 16)
+        message = "unexpected: .*layers.7"
+    else:
+        name = next(name for name in weights if name.endswith(key))
+        del weights[name]
+        message = key.split(".")[0]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises((ValueError, KeyError), match=message):  # PEFT's own is a KeyError
+        LOADS[load](tmp_path / "base", tmp_path / "adapter")
+
+
+def test_a_second_adapter_beside_the_first(tmp_path):
+    model = train(tmp_path).model
+    model.load_adapter(tmp_path / "adapter", "second")
+    model.set_adapter("second")
+    assert torch.equal(logits_of(model), logits_of(LOADS["peft"](tmp_path / "base", tmp_path / "adapter")))
+
+
+@pytest.mark.parametrize("switch", ["plain", "dora", "rslora"])
+@pytest.mark.parametrize("llm", LLMS)
+def test_merged_logits_are_the_adapters(tmp_path, llm, switch):
+    base = base_folder(tmp_path, llm=llm)
+    parts = ["projector", "language_model", "vm_head"]
+    model = train(tmp_path, base, trainable=parts, lora=SWITCHES[switch], learning_rate=0.01).model
+    main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    assert not list((tmp_path / "merged").glob("adapter*"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(merged) is VWLmmForCausalLM and not any("lora" in name for name in merged.state_dict())
+    expected = logits_of(model)
+    torch.testing.assert_close(logits_of(merged), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert not torch.allclose(expected, logits_of(AutoModelForCausalLM.from_pretrained(base)), atol=1e-3)
+    pixel_values = tiny_batch(model.config)["pixel_values"]
+    words = model.get_base_model().visual_words(pixel_values)
+    torch.testing.assert_close(merged.visual_words(pixel_values), words, rtol=1e-5, atol=1e-6)
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
+    assert processor(images=picture(0), text="<image>")["input_ids"]
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vwlmm")]
+    return line
+
+
+def test_merging_what_changes_nothing(tmp_path, capsys):
+    train(tmp_path, trainable=["language_model"], learning_rate=0.0)
+    assert "changes nothing" in refused(capsys, "merge", tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merging_what_is_no_adapter(tmp_path, capsys):
+    base = base_folder(tmp_path)
+    assert f"{base} is no adapter" in refused(capsys, "merge", base, tmp_path / "merged")
+    train(tmp_path, base)
+    assert "exists already" in refused(capsys, "merge", tmp_path / "adapter", base)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "no/base"}))
+    assert "no/base" in refused(capsys, "merge", tmp_path / "adapter", tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_what_trains_whole_trains_in_float32(tmp_path):
+    trainer = train(tmp_path, bf16=True, model_init_kwargs={"dtype": "bfloat16"})
+    dtypes = {p.requires_grad: p.dtype for p in trainer.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_qlora(tmp_path, bits):
+    """On bitsandbytes' CPU path: all but the LLM stays as it is, and its adapter merges into the unquantized base."""
+    pytest.importorskip("bitsandbytes")
+    base = base_folder(tmp_path)
+    trainer = VWLmmSFTTrainer(
+        str(base),
+        sft_config(tmp_path / "adapter", stage="joint", learning_rate=0.01, max_steps=3),
+        train_dataset=conversations(),
+        peft_config=LoraConfig(r=2),
+        quantization_config=BitsAndBytesConfig(**{bits: True}),
+    )
+    quantized = {name for name, p in trainer.model.named_parameters() if p.dtype in (torch.uint8, torch.int8)}
+    assert len(quantized) == 14 and all("language_model" in name for name in quantized)
+    trainer.train()
+    trainer.save_model()
+    losses = [log["vw_loss"] for log in trainer.state.log_history if "vw_loss" in log]
+    assert losses[0] > 0
+    main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    before = AutoModelForCausalLM.from_pretrained(base)
+    assert merged.dtype == torch.float32
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    stem = "model.language_model.layers.0.self_attn.q_proj"
+    delta = (
+        4
+        * adapter[f"base_model.model.{stem}.lora_B.weight"].float()
+        @ adapter[f"base_model.model.{stem}.lora_A.weight"].float()
+    )
+    expected = before.state_dict()[f"{stem}.weight"] + delta
+    torch.testing.assert_close(merged.state_dict()[f"{stem}.weight"], expected, rtol=0, atol=1e-6)
