@@ -38,7 +38,7 @@ def pair_questions():
 
 
 def accuracy(model, processor, questions=None, batch_size=256):
-    """Share of right answers to test questions, easy-VQA's if not given: by kind and "overall". And what was answered."""
+    """Share of right answers to test questions (easy-VQA's if not given), by kind and "overall"; and all answers."""
     questions = easy_vqa("test", "question") if questions is None else questions
     right, answered = defaultdict(list), []
     for start in tqdm(range(0, len(questions), batch_size), desc="test questions"):
