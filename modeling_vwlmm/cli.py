@@ -65,6 +65,7 @@ def train(argv):
 
     from .lora import LoraArguments
     from .trainer import VWLmmSFTConfig, VWLmmSFTTrainer
+    from .training_run import given_fields
 
     kinds = (TrainArguments, VWLmmSFTConfig, LoraArguments)
     parser = TrlParser(kinds, prog="vwlmm train", allow_abbrev=False)
@@ -72,6 +73,8 @@ def train(argv):
     parser.add_argument("--config", help="the recipe, a YAML file of the fields below; arguments override it")
     # TRL's parser looks for "--config FILE" alone
     argv = [part for argument in argv for part in (argument.split("=", 1) if argument[:2] == "--" else [argument])]
+    named = {part[2:].replace("-", "_") for part in argv if part[:2] == "--"}
+    named |= {name.removeprefix("no_") for name in named}
     if "--config" in argv[:-1]:
         recipe = argv[argv.index("--config") + 1]
         with open(recipe) as file:
@@ -86,7 +89,9 @@ def train(argv):
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, n=1)
                 raise ValueError(f'{recipe}: unknown field "{name}"' + (f', is "{close[0]}" meant?' if close else ""))
+        named |= given.keys()
     arguments, config, lora, *_ = parser.parse_args_and_config(argv)
+    recipe = {name: value for part in (arguments, config, lora) for name, value in given_fields(part, named).items()}
 
     dataset = load_dataset(arguments.dataset, arguments.image_folder, arguments.dataset_split)
     eval_dataset = None
@@ -100,6 +105,7 @@ def train(argv):
         processing_class=AutoProcessor.from_pretrained(arguments.model),
         peft_config=lora.peft_config(),
         quantization_config=lora.quantization_config(torch.bfloat16 if config.bf16 else torch.float32),
+        given={"dataset": arguments.dataset, "recipe": recipe},
     )
     checkpoint = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
