@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, Image, List
 from transformers import AutoProcessor, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path
 
+from .checkpoints import WholeCheckpoints
 from .collator import VWLmmDataCollator
 from .lora import for_language_model, keep_precision, skip_small_parts
 from .modeling_vwlmm import VWLmmForCausalLM
@@ -61,6 +62,9 @@ class VWLmmSFTConfig(SFTConfig):
         assistant_only_loss (`bool`, *optional*):
             Whether `messages` are scored on what the assistant says alone, with any chat template that renders turns
             one after another. They are, if not given.
+        skip_broken_images (`bool`, *optional*, defaults to `False`):
+            Whether a sample whose image cannot be read is left out with a warning, and counted in the log as
+            `skipped_samples`. It is an error otherwise.
     """
 
     stage: str | None = field(
@@ -89,6 +93,11 @@ class VWLmmSFTConfig(SFTConfig):
         metadata={
             "help": "Compute the text loss only on what the assistant says. So it is for `messages` if not given."
         },
+    )
+
+    skip_broken_images: bool = field(
+        default=False,
+        metadata={"help": "Leave out samples whose image cannot be read, and count them, instead of stopping."},
     )
 
     def __post_init__(self):
@@ -161,6 +170,11 @@ def number_samples(dataset):
     columns = columns_of(dataset)
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError("the dataset is empty")
+    for column, feature in (dataset.features or {}).items():
+        # datasets' own decoding names no sample in its errors
+        if feature in (Image(), List(Image())):
+            undecoded = Image(decode=False)
+            dataset = dataset.cast_column(column, undecoded if feature == Image() else List(undecoded))
     if not {"messages", "prompt", "image", "images"} & set(columns) or "sample_index" in columns:
         return dataset
     without_images = not {"image", "images"} & set(columns)
@@ -172,7 +186,7 @@ def number_samples(dataset):
     return dataset.map(lambda example, index: {**example, **added, "sample_index": index}, with_indices=True)
 
 
-class VWLmmSFTTrainer(SFTTrainer):
+class VWLmmSFTTrainer(WholeCheckpoints, SFTTrainer):
     """TRL's [`~trl.SFTTrainer`] with the visual-word loss added to its own.
 
     With lambda the model config's `visual_word_loss_weight`, the loss is TRL's plus lambda times the mean of the
@@ -233,6 +247,7 @@ class VWLmmSFTTrainer(SFTTrainer):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 dataset_text_field=args.dataset_text_field,
                 assistant_only_loss=assistant_only_loss,
+                skip_broken_images=args.skip_broken_images,
             )
             # TRL would look for generation markers
             assistant_only_loss = False
@@ -247,6 +262,7 @@ class VWLmmSFTTrainer(SFTTrainer):
             **kwargs,
         )
         self._eval_sums = defaultdict(float)
+        self._skipped_samples = {"train": 0, "eval": 0}
         peft_config = self.model.active_peft_config if is_peft_model(model) else kwargs["peft_config"]
         run = describe_run(name, args, peft_config, **{"recipe": args.given, **(given or {})})
         self.stages = [*(read_training_run(name) if name else []), run]
@@ -314,6 +330,8 @@ class VWLmmSFTTrainer(SFTTrainer):
                 fused_outputs.append(outputs)
             return outputs
 
+        if (is_skipped := inputs.pop("is_skipped", None)) is not None:
+            self._count_skipped(is_skipped)
         loss = super().compute_loss(recording_model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = loss if return_outputs else (loss, None)
         lm_loss = loss.detach()
@@ -340,9 +358,16 @@ class VWLmmSFTTrainer(SFTTrainer):
                 self._eval_sums[name] += self.accelerator.reduce(value.detach(), "sum").item()
         return (loss, outputs) if return_outputs else loss
 
+    def _count_skipped(self, is_skipped):
+        mode = "train" if self.model.training else "eval"
+        self._skipped_samples[mode] += self.accelerator.reduce(is_skipped.sum(), "sum").item()
+        self._metrics[mode]["skipped_samples"] = [self._skipped_samples[mode]]
+
     def _record_step(self, lm_loss, vw_loss, adds_to_step):
         for name, value in (("lm_loss", lm_loss), ("vw_loss", vw_loss)):
             value = self.accelerator.reduce(value, "mean").item()
+            if not math.isfinite(value):
+                self.refuse_to_go_on(f"{name} is {value}")
             if adds_to_step:
                 self._metrics["train"][name][-1] += value
             else:
