@@ -222,6 +222,9 @@ class VWLmmSFTTrainer(WholeCheckpoints, SFTTrainer):
         base_model = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base_model, VWLmmForCausalLM):
             raise TypeError(f"model must be a VWLmmForCausalLM, got a {type(base_model).__name__}")
+        # accelerate's FSDP looks for each of them in the model, but CLIP and SigLIP name parts of their text towers too
+        classes = {type(module).__name__ for module in base_model.modules()}
+        base_model._no_split_modules = set(base_model._no_split_modules) & classes
         kwargs["peft_config"] = self._set_stage(model, base_model, args, kwargs.get("peft_config"))
 
         if processing_class is None:
