@@ -1,7 +1,11 @@
-"""The visual-word loss of VW-LMM (arXiv 2403.07720)."""
+"""The visual-word loss of VW-LMM (arXiv 2403.07720), whose distributions only ever exist in tiles."""
 
 import torch
-from torch import nn
+
+
+# Rows of a tile: as few as keep its matrix products busy. A tile takes four times rows * V numbers, at any N
+TILE_ROWS = {"cpu": 128}
+TILE_ROWS_ELSEWHERE = 1024
 
 
 def scored_positions(image_mask, attention_mask=None):
@@ -20,32 +24,144 @@ def scored_positions(image_mask, attention_mask=None):
     return image_mask & preceded
 
 
-def visual_word_loss(logits, visual_word_logits, target="visual_words", detach_visual_words=False):
+def visual_word_loss(
+    hidden_states,
+    lm_head_weight,
+    image_features,
+    vm_head_weight,
+    lm_head_bias=None,
+    vm_head_bias=None,
+    target="visual_words",
+    detach_visual_words=False,
+):
     """Sum over image positions t of the divergence between the visual word w_t and the LLM's prediction p_{t-1}.
 
-    `"visual_words"`, joint training: KL(w_t || p_{t-1}); the visual words are the target, and their gradient too is
-    kept unless `detach_visual_words`. `"language_model"`, VM-head training: KL(p_{t-1} || w_t) with p detached.
+    With p_{t-1} = softmax(W_lm h_{t-1}), of the first V rows of W_lm, and w_t = softmax(W_vm f_t),
+
+    - `"visual_words"`, joint training: KL(w_t || p_{t-1}); the visual words are the target, and their gradient too is
+      kept unless `detach_visual_words`;
+    - `"language_model"`, VM-head training: KL(p_{t-1} || w_t) with p detached.
+
+    Logits, distributions and their gradients exist for a tile of rows at a time. The gradients of the inputs are made
+    with the loss and kept until the backward pass, so that no logit is computed twice: a row takes one matrix product
+    (2dV operations) for each head, and one for each input that needs a gradient.
 
     Args:
-        logits (`torch.Tensor` of shape (N, V)): the LLM's logits at t - 1, for the N scored positions t.
-        visual_word_logits (`torch.Tensor` of shape (N, V)): W_vm f_t, the VM head's output at t.
+        hidden_states (`torch.Tensor` of shape (N, d)): h, the LLM's last hidden states at t - 1, for the N scored t.
+        lm_head_weight (`torch.Tensor` of shape (V or more, d)): W_lm, of which the first V rows are used.
+        image_features (`torch.Tensor` of shape (N, d)): f, the projected features at t.
+        vm_head_weight (`torch.Tensor` of shape (V, d)): W_vm.
+        lm_head_bias, vm_head_bias (`torch.Tensor` of shape (V or more,), *optional*): added to the logits.
         target (`str`): which of the two distributions is the target, see above.
         detach_visual_words (`bool`): whether joint training stops the gradient through its target.
 
     Returns:
         `torch.Tensor`, a scalar in float32 (float64 for float64 inputs), in nats. 0 where N is 0.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    language_model = hidden_states, lm_head_weight, lm_head_bias
+    visual_words = image_features, vm_head_weight, vm_head_bias
     if target == "visual_words":
-        target_logits = visual_word_logits.detach() if detach_visual_words else visual_word_logits
-        predicted_logits = logits
+        target_head, predicting_head = visual_words, language_model
     elif target == "language_model":
-        target_logits, predicted_logits = logits.detach(), visual_word_logits
+        target_head, predicting_head = language_model, visual_words
     else:
         raise ValueError(f'visual_word_target is "{target}", expected "visual_words" or "language_model"')
-    return nn.functional.kl_div(
-        predicted_logits.to(dtype).log_softmax(-1),
-        target_logits.to(dtype).log_softmax(-1),
-        reduction="sum",
-        log_target=True,
-    )
+    if detach_visual_words or target == "language_model":
+        target_head = _detached(target_head)
+    if not torch.is_grad_enabled():  # which the function below would not notice
+        target_head, predicting_head = _detached(target_head), _detached(predicting_head)
+    return _LinearKL.apply(vm_head_weight.shape[0], *target_head, *predicting_head)
+
+
+def _detached(tensors):
+    return [None if tensor is None else tensor.detach() for tensor in tensors]
+
+
+class _Head:
+    """A linear map from rows to logits, tile by tile, and the gradients that it passes on."""
+
+    def __init__(self, inputs, weight, bias, needs_grad, vocab_size):
+        device = inputs.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+        self.sum_dtype = torch.promote_types(dtype, torch.float32)
+        self.inputs = inputs.to(dtype)
+        self.weight = weight[:vocab_size].to(dtype)
+        self.bias = None if bias is None else bias[:vocab_size]
+        self.needs_grad = any(needs_grad)
+        self.inputs_grad = torch.empty_like(inputs, dtype=self.sum_dtype) if needs_grad[0] else None
+        # Tiles add up here, and rows beyond V stay 0
+        self.weight_grad = torch.zeros_like(weight, dtype=self.sum_dtype) if needs_grad[1] else None
+        self.bias_grad = torch.zeros_like(bias, dtype=self.sum_dtype) if needs_grad[2] else None
+
+    def logits(self, rows, out):
+        _add_product(out, self.inputs[rows], self.weight.t(), beta=0)
+        if self.bias is not None:
+            out.add_(self.bias)
+
+    def add_gradients(self, rows, logits_grad):
+        grad = logits_grad.to(self.weight.dtype)
+        if self.inputs_grad is not None:
+            _add_product(self.inputs_grad[rows], grad, self.weight, beta=0)
+        if self.weight_grad is not None:
+            _add_product(self.weight_grad[: len(self.weight)], grad.t(), self.inputs[rows])
+        if self.bias_grad is not None:
+            self.bias_grad[: len(self.weight)] += logits_grad.sum(0)
+
+    def gradients(self):
+        return self.inputs_grad, self.weight_grad, self.bias_grad
+
+
+def _add_product(total, a, b, beta=1):
+    """total = beta total + a @ b, summed in float32 where a and b are in 16 bits."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+
+
+class _LinearKL(torch.autograd.Function):
+    """Sum over rows of KL(t || q), t = softmax(a) and q = softmax(b) of the logits of two linear maps.
+
+    With g = a - b and its mean m = sum_v t g, the KL of a row is m - logsumexp(a) + logsumexp(b), and its gradients
+    are t (g - m) for a and q - t for b.
+    """
+
+    @staticmethod
+    def forward(ctx, vocab_size, *inputs):
+        target = _Head(*inputs[:3], ctx.needs_input_grad[1:4], vocab_size)
+        predicting = _Head(*inputs[3:], ctx.needs_input_grad[4:], vocab_size)
+        count, device = len(target.inputs), target.inputs.device
+        dtype = torch.promote_types(target.sum_dtype, predicting.sum_dtype)
+        tile_rows = min(count, TILE_ROWS.get(device.type, TILE_ROWS_ELSEWHERE))
+        tile = torch.empty(4, tile_rows, vocab_size, dtype=dtype, device=device)
+        divergence = torch.empty(count, dtype=dtype, device=device)
+        for start in range(0, count, max(tile_rows, 1)):
+            rows = slice(start, min(start + tile_rows, count))
+            a, b, t, q = tile[:, : rows.stop - start]
+            target.logits(rows, out=a)
+            predicting.logits(rows, out=b)
+            torch.softmax(a, -1, out=t)
+            torch.softmax(b, -1, out=q)
+            # The largest probability is exp(max - logsumexp)
+            logsumexps = b.amax(-1) - a.amax(-1) + t.amax(-1).log_() - q.amax(-1).log_()
+            weighted = a.sub_(b).mul_(t)
+            mean = weighted.sum(-1)
+            divergence[rows] = mean + logsumexps
+            if target.needs_grad:
+                target.add_gradients(rows, weighted.addcmul_(t, mean.unsqueeze(-1), value=-1))
+            if predicting.needs_grad:
+                predicting.add_gradients(rows, q.sub_(t))
+        ctx.save_for_backward(*target.gradients(), *predicting.gradients())
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        return divergence.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, loss_grad):
+        gradients = (
+            None if grad is None else (grad * loss_grad).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return None, *gradients
