@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, Image, List
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoProcessor, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path, maybe_gather_lm_head_ctx
@@ -136,6 +137,9 @@ def add_visual_word_loss(model):
 
     @functools.wraps(fused_forward)
     def forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
+        if fused_lm_head and isinstance(self.lm_head, FSDPModule):
+            # TRL reads its weight without calling it, and would leave the other ranks out of its gradient
+            self.lm_head.unshard()
         if not fused_lm_head or not self.config.visual_word_loss_weight:
             return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         backbone_outputs = []
@@ -232,15 +236,17 @@ class VWLmmSFTTrainer(WholeCheckpoints, SFTTrainer):
         base_model = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base_model, VWLmmForCausalLM):
             raise TypeError(f"model must be a VWLmmForCausalLM, got a {type(base_model).__name__}")
-        # accelerate's FSDP looks for each of them in the model, but CLIP and SigLIP name parts of their text towers too
+        # accelerate's FSDP looks for each of them in the model, but CLIP names parts of its text tower too
         classes = {type(module).__name__ for module in base_model.modules()}
         base_model._no_split_modules = set(base_model._no_split_modules) & classes
         kwargs["peft_config"] = self._set_stage(model, base_model, args, kwargs.get("peft_config"))
-        if base_model.config.visual_word_loss_weight:
-            # TRL then computes the text loss from full logits, and what its fused head returns is for the log alone
-            for name, given in {"label_smoothing_factor": args.label_smoothing_factor, **kwargs}.items():
-                if name in ("label_smoothing_factor", "compute_loss_func") and given:
-                    raise ValueError(f"{name} leaves the visual-word loss out: give visual_word_loss_weight=0 with it")
+        bypasses = args.label_smoothing_factor or kwargs.get("compute_loss_func")
+        if base_model.config.visual_word_loss_weight and bypasses:
+            # TRL then takes the loss from full logits, and what its fused head returns for the log alone
+            raise ValueError(
+                "label_smoothing_factor and compute_loss_func leave the visual-word loss out: give "
+                "visual_word_loss_weight=0 with them"
+            )
 
         if processing_class is None:
             if not base_model.config.name_or_path:
@@ -315,6 +321,10 @@ class VWLmmSFTTrainer(WholeCheckpoints, SFTTrainer):
         self._signature_columns = list({*self._signature_columns, "id", "sample_index"})
 
     def _save(self, output_dir=None, state_dict=None):
+        if state_dict is not None and not is_peft_model(self.model):
+            # Gathered from shards, tied weights are no longer known to be one
+            tied = self.model.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             write_training_run(output_dir or self.args.output_dir, self.stages)

@@ -1,6 +1,6 @@
-"""Train the same tiny models in one process, under DDP or under FSDP2 on the CPU; tests/test_devices.py compares.
+"""Train the same tiny models in one process and, by recipes/accelerate, in two on the CPU; test_devices.py compares.
 
-python tests/two_processes.py KIND FOLDER      KIND: one, ddp or fsdp2
+python tests/two_processes.py KIND FOLDER      KIND: one, or the name of a file in recipes/accelerate
 """
 
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig
@@ -15,7 +16,6 @@ from test_trainer import conversations, sft_config, tiny_processor
 from tiny import tiny_model
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-from modeling_vwlmm import modeling_vwlmm
 from modeling_vwlmm.trainer import VWLmmSFTTrainer
 
 
@@ -27,6 +27,8 @@ CASES = {
     "joint-tied": ({"stage": "joint"}, {"llm": "qwen3-tied"}, None),
     "joint-lora": ({"stage": "joint", "trainable": ["projector", "language_model", "vm_head"]}, {}, LORA),
     "joint-lora-tied": ({"stage": "joint"}, {"llm": "qwen3-tied"}, LORA),
+    "resumed": ({"stage": "joint"}, {}, None),
+    "resumed-lora": ({"stage": "joint"}, {}, LORA),
     "accumulated": ({"stage": "joint", "gradient_accumulation_steps": 2, "max_steps": 2}, {}, None),
 }
 # Images a sample, two samples a process: in the first step the second process has text alone
@@ -53,50 +55,53 @@ def fsdp_on_the_cpu():
     Accelerator.get_state_dict = waited
 
 
-def run(case, kind, folder):
-    import datasets
+def write_bases(folder):
+    for _, model, _ in CASES.values():
+        path = folder / "base" / model.get("llm", "llama")
+        if not path.exists():
+            model = tiny_model(**model)
+            model.save_pretrained(path)
+            tiny_processor(model.config).save_pretrained(path)
 
+
+def run(case, kind, folder):
     AcceleratorState._reset_state()  # whose FSDP plugin remembers the layers of the model before
     arguments, model, lora = CASES[case]
-    model = tiny_model(**model)
+    base = folder.parent.parent / "base" / model.get("llm", "llama")
     processes = 1 if kind == "one" else 2
-    trainer = VWLmmSFTTrainer(
-        model,
-        sft_config(
-            folder,
-            **{
-                "per_device_train_batch_size": 4 // processes,
-                "train_sampling_strategy": "sequential",
-                "max_steps": 4,
-                "save_strategy": "steps",
-                "save_steps": 2,
-                **arguments,
-            },
-        ),
-        train_dataset=datasets.concatenate_datasets([conversations(images) for images in IMAGES]),
-        processing_class=tiny_processor(model.config),
-        peft_config=LoraConfig(**lora) if lora else None,
+    args = sft_config(
+        folder,
+        **{
+            "per_device_train_batch_size": 4 // processes,
+            "train_sampling_strategy": "sequential",
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            **arguments,
+        },
     )
-    assert trainer.args.world_size == processes
-    trainer.train()
+    assert args.world_size == processes
+    dataset = datasets.concatenate_datasets([conversations(images) for images in IMAGES])
+    for checkpoint in (None, str(folder / "checkpoint-2")) if case.startswith("resumed") else (None,):
+        peft_config = LoraConfig(**lora) if lora else None
+        trainer = VWLmmSFTTrainer(str(base), args, train_dataset=dataset, peft_config=peft_config)
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
 
 
 def launch(kind, folder):
     """Runs all cases of a kind."""
-    processes = 1 if kind == "one" else 2
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if kind == "fsdp2":
-        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
-        environment |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+    launcher = []
+    if kind != "one":
+        config = Path(__file__).parent.parent / "recipes" / "accelerate" / f"{kind}.yaml"
+        processes = ["--num_processes", "2", "--main_process_port", "0"]
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), *processes]
     command = [sys.executable, *launcher, __file__, kind, str(folder)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
 if __name__ == "__main__":
-    modeling_vwlmm._CHUNK = 5
     kind, folder, *cases = sys.argv[1:]
     if kind == "fsdp2":
         fsdp_on_the_cpu()
