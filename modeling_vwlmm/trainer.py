@@ -12,11 +12,13 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, Image, List
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoProcessor, ProcessorMixin
+from transformers.modeling_utils import set_zero3_state
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path, maybe_gather_lm_head_ctx
 
 from .checkpoints import WholeCheckpoints
 from .collator import VWLmmDataCollator
+from .configuration_vwlmm import VWLmmConfig
 from .lora import for_language_model, keep_precision, skip_small_parts
 from .modeling_vwlmm import VWLmmForCausalLM
 from .training_run import describe_run, given_fields, read_training_run, write_training_run
@@ -418,7 +420,15 @@ def _load(name, args, quantization_config):
         model_init_kwargs["quantization_config"] = skip_small_parts(quantization_config)
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         model_init_kwargs["device_map"] = None
-    return create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
+    if args.deepspeed_plugin is not None:
+        with set_zero3_state():  # whose modules have no weights: what is found here is remembered there
+            VWLmmConfig.from_pretrained(name).image_feature_shape()
+    model = create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
+    if model._hf_peft_config_loaded:
+        raise ValueError(
+            f"{name} is an adapter: to train what it makes of its base model, vwlmm merge {name} NEW_FOLDER"
+        )
+    return model
 
 
 def train_only(model, parts):

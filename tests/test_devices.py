@@ -1,4 +1,4 @@
-"""Two processes train what one does: DDP and FSDP2 on the CPU (gloo), from the same data in the same order."""
+"""Two processes train what one does, on the CPU (gloo): DDP, FSDP2 and, where DeepSpeed is installed, ZeRO."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from peft import PeftModel
+from accelerate.utils import is_deepspeed_available
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -16,7 +17,7 @@ from modeling_vwlmm.training_run import read_training_run
 
 
 ROOT = Path(__file__).parent.parent
-KINDS = ["ddp", "fsdp2"]
+KINDS = ["ddp", "fsdp2", *(["zero2", "zero3"] if is_deepspeed_available() else [])]
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +49,19 @@ def test_two_processes_train_what_one_does(runs, case, kind):
     assert read_training_run(folder / kind / case)[-1]["hardware"]["processes"] == 2
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("case", CASES)
-def test_checkpoints_of_two_processes_load_on_one_device(runs, case):
-    for path in sorted((runs[0] / "fsdp2" / case).glob("checkpoint-*")):
-        assert AutoProcessor.from_pretrained(path).chat_template and read_training_run(path)
-        if "lora" in case:
-            model = PeftModel.from_pretrained(tiny_model(**CASES[case][1]), path)
-            saved = load_file(path / "adapter_model.safetensors")
-            assert any("lora_B" in name and tensor.any() for name, tensor in saved.items())
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path)
-        last = path.parent / ("adapter_model.safetensors" if "lora" in case else "model.safetensors")
-        assert model is not None and last.is_file()
-    assert path.name == f"checkpoint-{CASES[case][0].get('max_steps', 4)}"
+def test_checkpoints_of_two_processes_load_on_one_device(runs, case, kind):
+    arguments, model, lora = CASES[case]
+    folder = runs[0] / kind / case
+    path = folder / f"checkpoint-{arguments.get('max_steps', 4)}"
+    assert AutoProcessor.from_pretrained(path).chat_template and read_training_run(path)
+    if lora:
+        loaded = get_peft_model_state_dict(PeftModel.from_pretrained(tiny_model(**model), path))
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    saved = load_file(folder / ("adapter_model.safetensors" if lora else "model.safetensors"))
+    assert saved and all(torch.equal(tensor, loaded[name]) for name, tensor in saved.items())
 
 
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))

@@ -100,7 +100,8 @@ def launch(kind, folder):
         processes = ["--num_processes", "2", "--main_process_port", "0"]
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), *processes]
     command = [sys.executable, *launcher, __file__, kind, str(folder)]
-    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 if __name__ == "__main__":
