@@ -142,6 +142,8 @@ def add_visual_word_loss(model):
         if fused_lm_head and isinstance(self.lm_head, FSDPModule):
             # TRL reads its weight without calling it, and would leave the other ranks out of its gradient
             self.lm_head.unshard()
+            # Pseudo image features are made of its weight after it was called
+            self.get_input_embeddings().set_reshard_after_forward(not self.config.pseudo_image_features)
         if not fused_lm_head or not self.config.visual_word_loss_weight:
             return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         backbone_outputs = []
@@ -424,6 +426,8 @@ def _load(name, args, quantization_config):
         with set_zero3_state():  # whose modules have no weights: what is found here is remembered there
             VWLmmConfig.from_pretrained(name).image_feature_shape()
     model = create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
+    if args.deepspeed_plugin is not None:
+        model._weight_conversions = []  # loaded under ZeRO-3, it would be saved with stock LLaVA's names
     if model._hf_peft_config_loaded:
         raise ValueError(
             f"{name} is an adapter: to train what it makes of its base model, vwlmm merge {name} NEW_FOLDER"

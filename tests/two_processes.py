@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig
@@ -27,6 +28,7 @@ CASES = {
     "joint-tied": ({"stage": "joint"}, {"llm": "qwen3-tied"}, None),
     "joint-lora": ({"stage": "joint", "trainable": ["projector", "language_model", "vm_head"]}, {}, LORA),
     "joint-lora-tied": ({"stage": "joint"}, {"llm": "qwen3-tied"}, LORA),
+    "pseudo": ({"stage": "joint", "model_init_kwargs": {"pseudo_image_features": True}}, {}, None),
     "resumed": ({"stage": "joint"}, {}, None),
     "resumed-lora": ({"stage": "joint"}, {}, LORA),
     "accumulated": ({"stage": "joint", "gradient_accumulation_steps": 2, "max_steps": 2}, {}, None),
@@ -67,24 +69,22 @@ def write_bases(folder):
 
 
 def run(case, kind, folder):
-    AcceleratorState._reset_state()  # whose FSDP plugin remembers the layers of the model before
     arguments, model, lora = CASES[case]
     base = folder.parent.parent / "base" / model.get("llm", "llama")
     processes = 1 if kind == "one" else 2
-    args = sft_config(
-        folder,
-        **{
-            "per_device_train_batch_size": 4 // processes,
-            "train_sampling_strategy": "sequential",
-            "max_steps": 4,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            **arguments,
-        },
-    )
-    assert args.world_size == processes
+    arguments = {
+        "per_device_train_batch_size": 4 // processes,
+        "train_sampling_strategy": "sequential",
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        **arguments,
+    }
     dataset = datasets.concatenate_datasets([conversations(images) for images in IMAGES])
     for checkpoint in (None, str(folder / "checkpoint-2")) if case.startswith("resumed") else (None,):
+        AcceleratorState._reset_state()  # whose plugins remember the model before
+        args = sft_config(folder, **arguments)
+        assert args.world_size == processes
         peft_config = LoraConfig(**lora) if lora else None
         trainer = VWLmmSFTTrainer(str(base), args, train_dataset=dataset, peft_config=peft_config)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -110,3 +110,5 @@ if __name__ == "__main__":
         fsdp_on_the_cpu()
     for case in cases or CASES:
         run(case, kind, Path(folder) / kind / case)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
