@@ -93,13 +93,12 @@ def write_model(folder, llm, dtype, device):
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "w": 3}, unk_token="w"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens = [f"unused{i}" for i in range(4, config.image_token_id)]
-    words.add_tokens(tokens)
+    words.add_tokens([f"unused{i}" for i in range(4, config.image_token_id)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w"
     )
     tokenizer.chat_template = read_chat_template("vicuna_v1")
-    make_processor(config, tokenizer).save_pretrained(folder)
+    make_processor(config, tokenizer, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
 
 
 def samples(count, text_tokens):
@@ -143,6 +142,9 @@ def measure(llm, recipe, batch_size, text_tokens, steps):
         flags = [part for name, value in overrides.items() for part in (f"--{name}", str(value))]
         _, args, lora = arguments_of(recipe, *flags)
         write_model(folder, llm, torch.bfloat16 if lora.use_peft else torch.float32, args.device)
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         memory = None if on_gpu else AnonymousMemory()
         trainer = VWLmmSFTTrainer(
             folder,

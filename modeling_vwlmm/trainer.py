@@ -234,12 +234,14 @@ class VWLmmSFTTrainer(WholeCheckpoints, SFTTrainer):
         if not isinstance(args, VWLmmSFTConfig):
             raise TypeError(f"args must be a VWLmmSFTConfig, got a {type(args).__name__}")
         args = copy.copy(args)
-        name = model if isinstance(model, str) else model.config.name_or_path
+        name = None
         if isinstance(model, str):
+            name = model
             model = _load(model, args, kwargs.pop("quantization_config", None))
         base_model = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base_model, VWLmmForCausalLM):
             raise TypeError(f"model must be a VWLmmForCausalLM, got a {type(base_model).__name__}")
+        name = name or base_model.config.name_or_path
         # accelerate's FSDP looks for each of them in the model, but CLIP names parts of its text tower too
         classes = {type(module).__name__ for module in base_model.modules()}
         base_model._no_split_modules = set(base_model._no_split_modules) & classes
