@@ -214,11 +214,13 @@ class VWLmmSFTTrainer(SFTTrainer):
         if not isinstance(base_model, VWLmmForCausalLM):
             raise TypeError(f"model must be a VWLmmForCausalLM, got a {type(base_model).__name__}")
         kwargs["peft_config"] = self._set_stage(model, base_model, args, kwargs.get("peft_config"))
-        if base_model.config.visual_word_loss_weight:
-            # TRL then computes the text loss from full logits, and what its fused head returns is for the log alone
-            for name, given in {"label_smoothing_factor": args.label_smoothing_factor, **kwargs}.items():
-                if name in ("label_smoothing_factor", "compute_loss_func") and given:
-                    raise ValueError(f"{name} leaves the visual-word loss out: give visual_word_loss_weight=0 with it")
+        bypasses = args.label_smoothing_factor or kwargs.get("compute_loss_func")
+        if base_model.config.visual_word_loss_weight and bypasses:
+            # TRL then takes the loss from full logits, and what its fused head returns for the log alone
+            raise ValueError(
+                "label_smoothing_factor and compute_loss_func leave the visual-word loss out: give "
+                "visual_word_loss_weight=0 with them"
+            )
 
         if processing_class is None:
             if not base_model.config.name_or_path:

@@ -67,74 +67,21 @@ def visual_word_loss(
     else:
         raise ValueError(f'visual_word_target is "{target}", expected "visual_words" or "language_model"')
     if detach_visual_words or target == "language_model":
-        target_head = _detached(target_head)
-    if not torch.is_grad_enabled():  # which the function below would not notice
-        target_head, predicting_head = _detached(target_head), _detached(predicting_head)
-    return _LinearKL.apply(vm_head_weight.shape[0], *target_head, *predicting_head)
+        target_head = [None if tensor is None else tensor.detach() for tensor in target_head]
+    return _linear_kl(target_head, predicting_head, vm_head_weight.shape[0])
 
 
-def _detached(tensors):
-    return [None if tensor is None else tensor.detach() for tensor in tensors]
-
-
-class _Head:
-    """A linear map from rows to logits, tile by tile, and the gradients that it passes on."""
-
-    def __init__(self, inputs, weight, bias, needs_grad, vocab_size):
-        device = inputs.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
-        self.sum_dtype = torch.promote_types(dtype, torch.float32)
-        self.inputs = inputs.to(dtype)
-        self.weight = weight[:vocab_size].to(dtype)
-        self.bias = None if bias is None else bias[:vocab_size]
-        self.needs_grad = any(needs_grad)
-        self.inputs_grad = torch.empty_like(inputs, dtype=self.sum_dtype) if needs_grad[0] else None
-        # Tiles add up here, and rows beyond V stay 0
-        self.weight_grad = torch.zeros_like(weight, dtype=self.sum_dtype) if needs_grad[1] else None
-        self.bias_grad = torch.zeros_like(bias, dtype=self.sum_dtype) if needs_grad[2] else None
-
-    def logits(self, rows, out):
-        _add_product(out, self.inputs[rows], self.weight.t(), beta=0)
-        if self.bias is not None:
-            out.add_(self.bias)
-
-    def add_gradients(self, rows, logits_grad):
-        grad = logits_grad.to(self.weight.dtype)
-        if self.inputs_grad is not None:
-            _add_product(self.inputs_grad[rows], grad, self.weight, beta=0)
-        if self.weight_grad is not None:
-            _add_product(self.weight_grad[: len(self.weight)], grad.t(), self.inputs[rows])
-        if self.bias_grad is not None:
-            self.bias_grad[: len(self.weight)] += logits_grad.sum(0)
-
-    def gradients(self):
-        return self.inputs_grad, self.weight_grad, self.bias_grad
-
-
-def _add_product(total, a, b, beta=1):
-    """total = beta total + a @ b, summed in float32 where a and b are in 16 bits."""
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
-    else:
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
-
-
-class _LinearKL(torch.autograd.Function):
+def _linear_kl(target, predicting, vocab_size):
     """Sum over rows of KL(t || q), t = softmax(a) and q = softmax(b) of the logits of two linear maps.
 
     With g = a - b and its mean m = sum_v t g, the KL of a row is m - logsumexp(a) + logsumexp(b), and its gradients
     are t (g - m) for a and q - t for b.
     """
-
-    @staticmethod
-    def forward(ctx, vocab_size, *inputs):
-        target = _Head(*inputs[:3], ctx.needs_input_grad[1:4], vocab_size)
-        predicting = _Head(*inputs[3:], ctx.needs_input_grad[4:], vocab_size)
-        count, device = len(target.inputs), target.inputs.device
-        dtype = torch.promote_types(target.sum_dtype, predicting.sum_dtype)
-        tile_rows = min(count, TILE_ROWS.get(device.type, TILE_ROWS_ELSEWHERE))
+    target, predicting = _Head(*target, vocab_size), _Head(*predicting, vocab_size)
+    count, device = len(target.inputs), target.inputs.device
+    dtype = torch.promote_types(target.sum_dtype, predicting.sum_dtype)
+    tile_rows = min(count, TILE_ROWS.get(device.type, TILE_ROWS_ELSEWHERE))
+    with torch.no_grad():
         tile = torch.empty(4, tile_rows, vocab_size, dtype=dtype, device=device)
         divergence = torch.empty(count, dtype=dtype, device=device)
         for start in range(0, count, max(tile_rows, 1)):
@@ -149,19 +96,75 @@ class _LinearKL(torch.autograd.Function):
             weighted = a.sub_(b).mul_(t)
             mean = weighted.sum(-1)
             divergence[rows] = mean + logsumexps
-            if target.needs_grad:
+            if target.gradients:
                 target.add_gradients(rows, weighted.addcmul_(t, mean.unsqueeze(-1), value=-1))
-            if predicting.needs_grad:
+            if predicting.gradients:
                 predicting.add_gradients(rows, q.sub_(t))
-        ctx.save_for_backward(*target.gradients(), *predicting.gradients())
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
-        return divergence.sum()
+        loss = divergence.sum()
+    for head in (target, predicting):
+        for tensor, gradient in head.gradients.values():
+            loss = loss + _Gradient.apply(tensor, gradient)
+    return loss
+
+
+class _Head:
+    """A linear map from rows to logits, tile by tile, and the gradients that a loss of the logits has."""
+
+    def __init__(self, inputs, weight, bias, vocab_size):
+        device = inputs.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+        self.sum_dtype = torch.promote_types(dtype, torch.float32)
+        self.inputs = inputs.detach().to(dtype)
+        self.weight = weight.detach()[:vocab_size].to(dtype)
+        self.bias = None if bias is None else bias.detach()[:vocab_size]
+        # Tiles add up in those of weight and bias, whose rows beyond V stay 0
+        self.gradients = {
+            name: (tensor, torch.zeros_like(tensor, dtype=self.sum_dtype))
+            for name, tensor in {"inputs": inputs, "weight": weight, "bias": bias}.items()
+            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+        }
+
+    def logits(self, rows, out):
+        _add_product(out, self.inputs[rows], self.weight.t(), beta=0)
+        if self.bias is not None:
+            out.add_(self.bias)
+
+    def add_gradients(self, rows, logits_grad):
+        grad, vocab_size = logits_grad.to(self.weight.dtype), len(self.weight)
+        if "inputs" in self.gradients:
+            _add_product(self.gradients["inputs"][1][rows], grad, self.weight, beta=0)
+        if "weight" in self.gradients:
+            _add_product(self.gradients["weight"][1][:vocab_size], grad.t(), self.inputs[rows])
+        if "bias" in self.gradients:
+            self.gradients["bias"][1][:vocab_size] += logits_grad.sum(0)
+
+
+def _add_product(total, a, b, beta=1):
+    """total = beta total + a @ b, summed in float32 where a and b are in 16 bits."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+
+
+class _Gradient(torch.autograd.Function):
+    """0, whose gradient to a tensor is known already. One a tensor, so that each frees its own when it is done."""
+
+    @staticmethod
+    def forward(ctx, tensor, gradient):
+        ctx.save_for_backward(gradient)
+        ctx.dtype = tensor.dtype
+        return gradient.new_zeros(())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, loss_grad):
-        gradients = (
-            None if grad is None else (grad * loss_grad).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return None, *gradients
+        (gradient,) = ctx.saved_tensors
+        # A copy would be as large as the head, and is needed only where the graph is kept for another backward pass
+        if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+            gradient = gradient * loss_grad
+        else:
+            gradient.mul_(loss_grad)
+        return gradient.to(ctx.dtype), None

@@ -347,7 +347,7 @@ def test_a_head_with_an_adapter(head):
 
 SHARDED = """
 import sys, torch
-from torch.distributed import init_process_group
+from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.fsdp import fully_shard
 from tiny import gradients, rows_of, tiny_batch, tiny_model
 init_process_group("gloo", rank=int(sys.argv[1]), world_size=2, store=torch.distributed.FileStore(sys.argv[2], 2))
@@ -364,6 +364,7 @@ loss.backward()
 for name, parameter in model.named_parameters():
     found = torch.zeros_like(expected[name]) if parameter.grad is None else parameter.grad.full_tensor()
     torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-6)
+destroy_process_group()
 """
 
 
