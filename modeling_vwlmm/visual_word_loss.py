@@ -3,9 +3,10 @@
 import torch
 
 
-# Rows of a tile: as few as keep its matrix products busy. A tile takes four times rows * V numbers, at any N
-TILE_ROWS = {"cpu": 128}
-TILE_ROWS_ELSEWHERE = 1024
+# Rows of a tile, which takes four times rows * V numbers: so few that memory stays low, enough for matrix products to
+# be fast. A GPU takes more, up to so many logits
+TILE_ROWS = 128
+GPU_TILE_LOGITS = 2**24
 
 
 def scored_positions(image_mask, attention_mask=None):
@@ -80,7 +81,7 @@ def _linear_kl(target, predicting, vocab_size):
     target, predicting = _Head(*target, vocab_size), _Head(*predicting, vocab_size)
     count, device = len(target.inputs), target.inputs.device
     dtype = torch.promote_types(target.sum_dtype, predicting.sum_dtype)
-    tile_rows = min(count, TILE_ROWS.get(device.type, TILE_ROWS_ELSEWHERE))
+    tile_rows = min(count, TILE_ROWS if device.type == "cpu" else max(TILE_ROWS, GPU_TILE_LOGITS // vocab_size))
     with torch.no_grad():
         tile = torch.empty(4, tile_rows, vocab_size, dtype=dtype, device=device)
         divergence = torch.empty(count, dtype=dtype, device=device)
