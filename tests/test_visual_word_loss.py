@@ -305,6 +305,26 @@ def test_an_image_that_nothing_precedes(padding):
 # Heads in other forms
 
 
+@pytest.mark.parametrize("target", ["visual_words", "language_model"])
+def test_a_tied_head(target):
+    model = tiny_model("llama-tied", visual_word_target=target).double()
+    batch = tiny_batch(model.config)
+    batch["pixel_values"] = batch["pixel_values"].double()
+    out = model(**batch)
+    expected = naive_visual_word_loss(model, batch, model(**batch), target, detach=False)
+    assert_close(gradients(out.vw_loss, model), gradients(expected, model), rtol=1e-8, atol=1e-10)
+
+
+def test_a_compiled_model():
+    model, compiled = tiny_model(), torch.compile(tiny_model(), backend="aot_eager")
+    batch = tiny_batch(model.config)
+    losses = [m(**batch).loss for m in (model, compiled)]
+    assert_close(*losses, rtol=1e-5, atol=0)
+    found, expected = gradients(losses[1], compiled._orig_mod), gradients(losses[0], model)
+    for name in expected:
+        assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
 class Quantized(nn.Module):
     """A head whose weight is no matrix of numbers that could be multiplied."""
 
