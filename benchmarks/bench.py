@@ -17,6 +17,7 @@ import time
 
 
 os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+os.environ["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))  # where processes find the variants
 
 import torch  # noqa: E402
 from variants import GENERATIONS, LOSSES, NEW_TOKENS, STEPS, generation, loss_alone, training_step  # noqa: E402
@@ -41,12 +42,15 @@ MODELS = {
         "tower": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
     },
 }  # fmt: skip
-NAIVE_LIMIT = {"cpu": 2e8, "cuda": 1e9}  # logits that the naive formula may build, of which it keeps several copies
+# Logits of a batch's image positions, which the naive formula builds several times: larger shapes are left out
+LIMITS = {"cpu": {"loss": 2e8, "steps": 1e8}, "cuda": {"loss": 1e9, "steps": 1e9}}
 
 
 def take_turns(run, specs, rounds):
     """Medians of the seconds and the peak bytes of each spec, a dict by name. None for one that cannot run."""
-    context = multiprocessing.get_context("spawn")
+    # Every process is forked off a server that has imported all, and done nothing else
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["variants"])
     processes = {}
     for name, spec in specs.items():
         ours, theirs = context.Pipe()
@@ -98,10 +102,11 @@ def bench_loss(d, device, vocab_sizes, batch_sizes, rounds):
         for vocab_size in vocab_sizes:
             for batch_size in batch_sizes:
                 n = batch_size * PATCHES
+                if n * vocab_size > LIMITS[device]["loss"]:
+                    continue
                 specs = {
                     name: {"loss": name, "target": target, "n": n, "d": d, "vocab_size": vocab_size, "device": device}
                     for name in LOSSES
-                    if name != "naive" or n * vocab_size < NAIVE_LIMIT[device]
                 }
                 found = take_turns(loss_alone, specs, rounds)
                 seconds = {name: found[name] and found[name][0] for name in found}
@@ -140,12 +145,9 @@ def bench_steps(preset, device, vocab_sizes, batch_sizes, lora, rounds):
                 "device": device,
                 "lora": lora,
             }
-            specs = {
-                name: {**spec, "step": name}
-                for name in STEPS
-                if "naive" not in name or n * vocab_size < NAIVE_LIMIT[device]
-            }
-            found = take_turns(training_step, specs, rounds)
+            if n * vocab_size > LIMITS[device]["steps"]:
+                continue
+            found = take_turns(training_step, {name: {**spec, "step": name} for name in STEPS}, rounds)
             product = {
                 "loss": "bare",
                 "n": n,
@@ -202,7 +204,7 @@ def main():
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[32_000, 152_000])
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--lora", action="store_true", help="adapters on the LLM in the training steps")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=["loss", "steps", "generation"], nargs="+")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

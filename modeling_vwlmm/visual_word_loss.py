@@ -3,10 +3,12 @@
 import torch
 
 
-# Rows of a tile, which takes four times rows * V numbers: so few that memory stays low, enough for matrix products to
-# be fast. A GPU takes more, up to so many logits
+# Rows of a tile, which takes two to four times rows * V numbers: so few that memory stays low, enough for matrix
+# products to be fast. A GPU takes more, up to so many logits
 TILE_ROWS = 128
 GPU_TILE_LOGITS = 2**24
+# Rows of a tile that a CPU turns into gradients at once, for them to stay in its cache
+CPU_BLOCK_ROWS = 8
 
 
 def scored_positions(image_mask, attention_mask=None):
@@ -73,39 +75,45 @@ def visual_word_loss(
 
 
 def _linear_kl(target, predicting, vocab_size):
-    """Sum over rows of KL(t || q), t = softmax(a) and q = softmax(b) of the logits of two linear maps.
-
-    With g = a - b and its mean m = sum_v t g, the KL of a row is m - logsumexp(a) + logsumexp(b), and its gradients
-    are t (g - m) for a and q - t for b.
-    """
+    """Sum over rows of KL(softmax(a) || softmax(b)), a and b being the logits of two linear maps."""
     target, predicting = _Head(*target, vocab_size), _Head(*predicting, vocab_size)
     count, device = len(target.inputs), target.inputs.device
     dtype = torch.promote_types(target.sum_dtype, predicting.sum_dtype)
-    tile_rows = min(count, TILE_ROWS if device.type == "cpu" else max(TILE_ROWS, GPU_TILE_LOGITS // vocab_size))
+    on_cpu = device.type == "cpu"
+    tile_rows = min(count, TILE_ROWS if on_cpu else max(TILE_ROWS, GPU_TILE_LOGITS // vocab_size))
     with torch.no_grad():
-        tile = torch.empty(4, tile_rows, vocab_size, dtype=dtype, device=device)
-        divergence = torch.empty(count, dtype=dtype, device=device)
+        tile = torch.empty(2, tile_rows, vocab_size, dtype=dtype, device=device)
+        divergences = []
         for start in range(0, count, max(tile_rows, 1)):
             rows = slice(start, min(start + tile_rows, count))
-            a, b, t, q = tile[:, : rows.stop - start]
+            a, b = tile[:, : rows.stop - start]
             target.logits(rows, out=a)
             predicting.logits(rows, out=b)
-            torch.softmax(a, -1, out=t)
-            torch.softmax(b, -1, out=q)
-            # The largest probability is exp(max - logsumexp)
-            logsumexps = b.amax(-1) - a.amax(-1) + t.amax(-1).log_() - q.amax(-1).log_()
-            weighted = a.sub_(b).mul_(t)
-            mean = weighted.sum(-1)
-            divergence[rows] = mean + logsumexps
-            if target.gradients:
-                target.add_gradients(rows, weighted.addcmul_(t, mean.unsqueeze(-1), value=-1))
-            if predicting.gradients:
-                predicting.add_gradients(rows, q.sub_(t))
-        loss = divergence.sum()
+            blocks = zip(*(logits.split(CPU_BLOCK_ROWS if on_cpu else tile_rows) for logits in (a, b)), strict=True)
+            divergences += [_kl_and_gradients_(*block, bool(target.gradients)) for block in blocks]
+            target.add_gradients(rows, a)
+            predicting.add_gradients(rows, b)
+        loss = torch.cat(divergences or [tile.new_zeros(0)]).sum()
     for head in (target, predicting):
         for tensor, gradient in head.gradients.values():
             loss = loss + _Gradient.apply(tensor, gradient)
     return loss
+
+
+def _kl_and_gradients_(a, b, needs_target_grad):
+    """KL(t || q) of every row, t = softmax(a) and q = softmax(b). The logits are overwritten with their gradients.
+
+    With g = a - b and its mean m = sum_v t g, it is m - logsumexp(a) + logsumexp(b), and its gradients are t (g - m)
+    for a and q - t for b.
+    """
+    t, q = a.softmax(-1), b.softmax(-1)
+    # The largest probability is exp(max - logsumexp)
+    logsumexps = b.amax(-1) - a.amax(-1) + t.amax(-1).log_() - q.amax(-1).log_()
+    mean = a.sub_(b).mul_(t).sum(-1)
+    if needs_target_grad:
+        a.addcmul_(t, mean.unsqueeze(-1), value=-1)
+    torch.sub(q, t, out=b)
+    return mean + logsumexps
 
 
 class _Head:
@@ -131,6 +139,8 @@ class _Head:
             out.add_(self.bias)
 
     def add_gradients(self, rows, logits_grad):
+        if not self.gradients:
+            return
         grad, vocab_size = logits_grad.to(self.weight.dtype), len(self.weight)
         if "inputs" in self.gradients:
             _add_product(self.gradients["inputs"][1][rows], grad, self.weight, beta=0)
