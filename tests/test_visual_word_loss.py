@@ -76,9 +76,9 @@ def error(found, expected):
     return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
-@pytest.fixture(params=[128, 16], ids=["one tile", "tiles"])
+@pytest.fixture(params=[256, 16], ids=["one tile", "tiles"])
 def tiles(request, monkeypatch):
-    monkeypatch.setattr(module, "TILE_ROWS", request.param)
+    monkeypatch.setattr(module, "CPU_TILE_ROWS", request.param)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -100,7 +100,7 @@ def test_values_and_gradients(tiles, shape, target, detach, dtype, bias):
 
 @pytest.mark.parametrize("target,detach", DIRECTIONS)
 def test_gradcheck(monkeypatch, target, detach):
-    monkeypatch.setattr(module, "TILE_ROWS", 3)
+    monkeypatch.setattr(module, "CPU_TILE_ROWS", 3)
 
     def loss(*inputs):
         return visual_word_loss(*inputs, target=target, detach_visual_words=detach)
@@ -117,7 +117,7 @@ def test_gradcheck(monkeypatch, target, detach):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("target,detach", DIRECTIONS)
 def test_16_bits_are_no_worse_than_naive_16_bits(monkeypatch, target, detach, dtype, leaves):
-    monkeypatch.setattr(module, "TILE_ROWS", 16)
+    monkeypatch.setattr(module, "CPU_TILE_ROWS", 16)
     inputs = tensors(401, 41, dtype, bias=False)
     expected, expected_grads = reference(inputs, target, detach)
     if leaves == "autocast":
