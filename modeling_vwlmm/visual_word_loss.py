@@ -3,9 +3,12 @@
 import torch
 
 
-# Rows of a tile: as few as keep its matrix products busy. A tile takes four times rows * V numbers, at any N
-TILE_ROWS = {"cpu": 128}
-TILE_ROWS_ELSEWHERE = 1024
+# Rows of a tile, each of which takes 2 V numbers, and 4 V on a GPU: few enough for memory to stay low, and enough for
+# matrix products to be fast
+CPU_TILE_ROWS = 256
+GPU_TILE_LOGITS = 2**24
+# Rows of a tile that a CPU turns into gradients at once, for them to stay in its cache
+CPU_BLOCK_ROWS = 8
 
 
 def scored_positions(image_mask, attention_mask=None):
@@ -67,31 +70,68 @@ def visual_word_loss(
     else:
         raise ValueError(f'visual_word_target is "{target}", expected "visual_words" or "language_model"')
     if detach_visual_words or target == "language_model":
-        target_head = _detached(target_head)
-    if not torch.is_grad_enabled():  # which the function below would not notice
-        target_head, predicting_head = _detached(target_head), _detached(predicting_head)
-    return _LinearKL.apply(vm_head_weight.shape[0], *target_head, *predicting_head)
+        target_head = [None if tensor is None else tensor.detach() for tensor in target_head]
+    return _linear_kl(target_head, predicting_head, vm_head_weight.shape[0])
 
 
-def _detached(tensors):
-    return [None if tensor is None else tensor.detach() for tensor in tensors]
+def _linear_kl(target, predicting, vocab_size):
+    """Sum over rows of KL(softmax(a) || softmax(b)), a and b being the logits of two linear maps."""
+    target, predicting = _Head(*target, vocab_size), _Head(*predicting, vocab_size)
+    count, device = len(target.inputs), target.inputs.device
+    dtype = torch.promote_types(target.sum_dtype, predicting.sum_dtype)
+    on_cpu = device.type == "cpu"
+    tile_rows = min(count, CPU_TILE_ROWS if on_cpu else max(1, GPU_TILE_LOGITS // vocab_size))
+    with torch.no_grad():
+        tile = torch.empty(2, tile_rows, vocab_size, dtype=dtype, device=device)
+        divergences = []
+        for start in range(0, count, max(tile_rows, 1)):
+            rows = slice(start, min(start + tile_rows, count))
+            a, b = tile[:, : rows.stop - start]
+            target.logits(rows, out=a)
+            predicting.logits(rows, out=b)
+            blocks = zip(*(logits.split(CPU_BLOCK_ROWS if on_cpu else tile_rows) for logits in (a, b)), strict=True)
+            divergences += [_kl_and_gradients_(*block, bool(target.gradients)) for block in blocks]
+            target.add_gradients(rows, a)
+            predicting.add_gradients(rows, b)
+        loss = torch.cat(divergences or [tile.new_zeros(0)]).sum()
+    for head in (target, predicting):
+        for tensor, gradient in head.gradients.values():
+            loss = loss + _Gradient.apply(tensor, gradient)
+    return loss
+
+
+def _kl_and_gradients_(a, b, needs_target_grad):
+    """KL(t || q) of every row, t = softmax(a) and q = softmax(b). The logits are overwritten with their gradients.
+
+    With g = a - b and its mean m = sum_v t g, it is m - logsumexp(a) + logsumexp(b), and its gradients are t (g - m)
+    for a and q - t for b.
+    """
+    t, q = a.softmax(-1), b.softmax(-1)
+    # The largest probability is exp(max - logsumexp)
+    logsumexps = b.amax(-1) - a.amax(-1) + t.amax(-1).log_() - q.amax(-1).log_()
+    mean = a.sub_(b).mul_(t).sum(-1)
+    if needs_target_grad:
+        a.addcmul_(t, mean.unsqueeze(-1), value=-1)
+    torch.sub(q, t, out=b)
+    return mean + logsumexps
 
 
 class _Head:
-    """A linear map from rows to logits, tile by tile, and the gradients that it passes on."""
+    """A linear map from rows to logits, tile by tile, and the gradients that a loss of the logits has."""
 
-    def __init__(self, inputs, weight, bias, needs_grad, vocab_size):
+    def __init__(self, inputs, weight, bias, vocab_size):
         device = inputs.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
-        self.inputs = inputs.to(dtype)
-        self.weight = weight[:vocab_size].to(dtype)
-        self.bias = None if bias is None else bias[:vocab_size]
-        self.needs_grad = any(needs_grad)
-        self.inputs_grad = torch.empty_like(inputs, dtype=self.sum_dtype) if needs_grad[0] else None
-        # Tiles add up here, and rows beyond V stay 0
-        self.weight_grad = torch.zeros_like(weight, dtype=self.sum_dtype) if needs_grad[1] else None
-        self.bias_grad = torch.zeros_like(bias, dtype=self.sum_dtype) if needs_grad[2] else None
+        self.inputs = inputs.detach().to(dtype)
+        self.weight = weight.detach()[:vocab_size].to(dtype)
+        self.bias = None if bias is None else bias.detach()[:vocab_size]
+        # Tiles add up in those of weight and bias, whose rows beyond V stay 0
+        self.gradients = {
+            name: (tensor, torch.zeros_like(tensor, dtype=self.sum_dtype))
+            for name, tensor in {"inputs": inputs, "weight": weight, "bias": bias}.items()
+            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+        }
 
     def logits(self, rows, out):
         _add_product(out, self.inputs[rows], self.weight.t(), beta=0)
@@ -99,16 +139,15 @@ class _Head:
             out.add_(self.bias)
 
     def add_gradients(self, rows, logits_grad):
-        grad = logits_grad.to(self.weight.dtype)
-        if self.inputs_grad is not None:
-            _add_product(self.inputs_grad[rows], grad, self.weight, beta=0)
-        if self.weight_grad is not None:
-            _add_product(self.weight_grad[: len(self.weight)], grad.t(), self.inputs[rows])
-        if self.bias_grad is not None:
-            self.bias_grad[: len(self.weight)] += logits_grad.sum(0)
-
-    def gradients(self):
-        return self.inputs_grad, self.weight_grad, self.bias_grad
+        if not self.gradients:
+            return
+        grad, vocab_size = logits_grad.to(self.weight.dtype), len(self.weight)
+        if "inputs" in self.gradients:
+            _add_product(self.gradients["inputs"][1][rows], grad, self.weight, beta=0)
+        if "weight" in self.gradients:
+            _add_product(self.gradients["weight"][1][:vocab_size], grad.t(), self.inputs[rows])
+        if "bias" in self.gradients:
+            self.gradients["bias"][1][:vocab_size] += logits_grad.sum(0)
 
 
 def _add_product(total, a, b, beta=1):
@@ -121,47 +160,22 @@ def _add_product(total, a, b, beta=1):
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
 
 
-class _LinearKL(torch.autograd.Function):
-    """Sum over rows of KL(t || q), t = softmax(a) and q = softmax(b) of the logits of two linear maps.
-
-    With g = a - b and its mean m = sum_v t g, the KL of a row is m - logsumexp(a) + logsumexp(b), and its gradients
-    are t (g - m) for a and q - t for b.
-    """
+class _Gradient(torch.autograd.Function):
+    """0, whose gradient to a tensor is known already. One a tensor, so that each frees its own when it is done."""
 
     @staticmethod
-    def forward(ctx, vocab_size, *inputs):
-        target = _Head(*inputs[:3], ctx.needs_input_grad[1:4], vocab_size)
-        predicting = _Head(*inputs[3:], ctx.needs_input_grad[4:], vocab_size)
-        count, device = len(target.inputs), target.inputs.device
-        dtype = torch.promote_types(target.sum_dtype, predicting.sum_dtype)
-        tile_rows = min(count, TILE_ROWS.get(device.type, TILE_ROWS_ELSEWHERE))
-        tile = torch.empty(4, tile_rows, vocab_size, dtype=dtype, device=device)
-        divergence = torch.empty(count, dtype=dtype, device=device)
-        for start in range(0, count, max(tile_rows, 1)):
-            rows = slice(start, min(start + tile_rows, count))
-            a, b, t, q = tile[:, : rows.stop - start]
-            target.logits(rows, out=a)
-            predicting.logits(rows, out=b)
-            torch.softmax(a, -1, out=t)
-            torch.softmax(b, -1, out=q)
-            # The largest probability is exp(max - logsumexp)
-            logsumexps = b.amax(-1) - a.amax(-1) + t.amax(-1).log_() - q.amax(-1).log_()
-            weighted = a.sub_(b).mul_(t)
-            mean = weighted.sum(-1)
-            divergence[rows] = mean + logsumexps
-            if target.needs_grad:
-                target.add_gradients(rows, weighted.addcmul_(t, mean.unsqueeze(-1), value=-1))
-            if predicting.needs_grad:
-                predicting.add_gradients(rows, q.sub_(t))
-        ctx.save_for_backward(*target.gradients(), *predicting.gradients())
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
-        return divergence.sum()
+    def forward(ctx, tensor, gradient):
+        ctx.save_for_backward(gradient)
+        ctx.dtype = tensor.dtype
+        return gradient.new_zeros(())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, loss_grad):
-        gradients = (
-            None if grad is None else (grad * loss_grad).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return None, *gradients
+        (gradient,) = ctx.saved_tensors
+        # A copy would be as large as the head, and is needed only where the graph is kept for another backward pass
+        if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+            gradient = gradient * loss_grad
+        else:
+            gradient.mul_(loss_grad)
+        return gradient.to(ctx.dtype), None

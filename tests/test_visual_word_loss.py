@@ -76,9 +76,9 @@ def error(found, expected):
     return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
-@pytest.fixture(params=[128, 16], ids=["one tile", "tiles"])
+@pytest.fixture(params=[256, 16], ids=["one tile", "tiles"])
 def tiles(request, monkeypatch):
-    monkeypatch.setitem(module.TILE_ROWS, "cpu", request.param)
+    monkeypatch.setattr(module, "CPU_TILE_ROWS", request.param)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -100,7 +100,7 @@ def test_values_and_gradients(tiles, shape, target, detach, dtype, bias):
 
 @pytest.mark.parametrize("target,detach", DIRECTIONS)
 def test_gradcheck(monkeypatch, target, detach):
-    monkeypatch.setitem(module.TILE_ROWS, "cpu", 3)
+    monkeypatch.setattr(module, "CPU_TILE_ROWS", 3)
 
     def loss(*inputs):
         return visual_word_loss(*inputs, target=target, detach_visual_words=detach)
@@ -117,7 +117,7 @@ def test_gradcheck(monkeypatch, target, detach):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("target,detach", DIRECTIONS)
 def test_16_bits_are_no_worse_than_naive_16_bits(monkeypatch, target, detach, dtype, leaves):
-    monkeypatch.setitem(module.TILE_ROWS, "cpu", 16)
+    monkeypatch.setattr(module, "CPU_TILE_ROWS", 16)
     inputs = tensors(401, 41, dtype, bias=False)
     expected, expected_grads = reference(inputs, target, detach)
     if leaves == "autocast":
@@ -305,6 +305,26 @@ def test_an_image_that_nothing_precedes(padding):
 # Heads in other forms
 
 
+@pytest.mark.parametrize("target", ["visual_words", "language_model"])
+def test_a_tied_head(target):
+    model = tiny_model("llama-tied", visual_word_target=target).double()
+    batch = tiny_batch(model.config)
+    batch["pixel_values"] = batch["pixel_values"].double()
+    out = model(**batch)
+    expected = naive_visual_word_loss(model, batch, model(**batch), target, detach=False)
+    assert_close(gradients(out.vw_loss, model), gradients(expected, model), rtol=1e-8, atol=1e-10)
+
+
+def test_a_compiled_model():
+    model, compiled = tiny_model(), torch.compile(tiny_model(), backend="aot_eager")
+    batch = tiny_batch(model.config)
+    losses = [m(**batch).loss for m in (model, compiled)]
+    assert_close(*losses, rtol=1e-5, atol=0)
+    found, expected = gradients(losses[1], compiled._orig_mod), gradients(losses[0], model)
+    for name in expected:
+        assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
 class Quantized(nn.Module):
     """A head whose weight is no matrix of numbers that could be multiplied."""
 
@@ -346,8 +366,8 @@ def test_a_head_with_an_adapter(head):
 
 
 SHARDED = """
-import sys, torch
-from torch.distributed import init_process_group
+import os, sys, torch
+from torch.distributed import barrier, init_process_group
 from torch.distributed.fsdp import fully_shard
 from tiny import gradients, rows_of, tiny_batch, tiny_model
 init_process_group("gloo", rank=int(sys.argv[1]), world_size=2, store=torch.distributed.FileStore(sys.argv[2], 2))
@@ -364,6 +384,8 @@ loss.backward()
 for name, parameter in model.named_parameters():
     found = torch.zeros_like(expected[name]) if parameter.grad is None else parameter.grad.full_tensor()
     torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-6)
+barrier()
+os._exit(0)  # threads of gloo that are still there abort an exit
 """
 
 
