@@ -76,8 +76,8 @@ class WholeCheckpoints(Trainer):
         if not self._is_saving:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _clip_grad_norm(self, model):
-        grad_norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
         # With a scaler, in float16, the optimizer skips such a step by itself
         if grad_norm is not None and self.accelerator.scaler is None and not math.isfinite(grad_norm):
             self.refuse_to_go_on(f"the norm of the gradient is {float(grad_norm)}")

@@ -160,8 +160,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, recipe):
         assert not (tmp_path / "out" / ".unfinished").exists()
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, capsys, monkeypatch, recipe, where):
+@pytest.mark.parametrize("where, max_grad_norm", [("loss", "1"), ("gradient", "1"), ("gradient", "0")])
+def test_what_is_not_finite_ends_the_run_before_it_is_saved(
+    tmp_path, capsys, monkeypatch, recipe, where, max_grad_norm
+):
     def spoil(trainer):
         if trainer.state.global_step == 1:
             if where == "loss":
@@ -173,7 +175,7 @@ def test_what_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, capsys, mo
     monkeypatch.setattr(
         VWLmmSFTTrainer, "training_step", lambda self, *args, **kwargs: spoil(self) or step_of(self, *args, **kwargs)
     )
-    message = error_of(capsys, "train", "--config", recipe, *SAVES)
+    message = error_of(capsys, "train", "--config", recipe, *SAVES, "--max_grad_norm", max_grad_norm)
     what = "lm_loss is nan" if where == "loss" else "the norm of the gradient is (nan|inf)"
     assert re.search(f"{what} at step 2", message)
     assert message.endswith(f"the last checkpoint is {tmp_path}/out/checkpoint-1")
