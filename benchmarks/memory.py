@@ -154,6 +154,10 @@ def measure(llm, recipe, batch_size, text_tokens, steps):
             peft_config=lora.peft_config(),
             quantization_config=lora.quantization_config(torch.bfloat16),
         )
+        if not on_gpu:
+            for parameter in trainer.model.parameters():
+                if type(parameter) is torch.nn.Parameter:  # read from the checkpoint where it lies, unlike on a GPU
+                    parameter.data = parameter.data.clone()
         trainer.train()
     if on_gpu:
         return torch.cuda.max_memory_reserved(), torch.cuda.get_device_name()
