@@ -26,7 +26,7 @@ EVAL_RESULTS_NAME = "eval_results.json"
 # In the metadata, what is measured of visual words is of this task: the card has it among the limits
 LIMITS_TASK = "image-feature-extraction"
 LOSSES, LOSSES_PICTURE = "assets/losses.json", "assets/losses.png"
-EXAMPLES, WORDS_PICTURE = "assets/examples", "assets/visual_words.png"
+EXAMPLES, WORDS_PICTURE = "examples", "assets/visual_words.png"
 # Models under the Llama 2 Community License, not all of whose cards say so in their metadata
 _LLAMA_2 = re.compile(
     r"(^|/)(meta-llama/Llama-2-|lmsys/vicuna-\d+b-v1\.5|liuhaotian/llava-v1\.5-|llava-hf/llava-1\.5-"
@@ -48,7 +48,7 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, card_text:
 
     These are its config, `training_run.json`, `trainer_state.json`, `eval_results.json` (a list of objects with the
     fields of [`~huggingface_hub.EvalResult`]), and the cards of the models that it was made of. What has no record is
-    left out. Visual words are drawn over the images in `assets/examples`, or over a drawn one if there are none.
+    left out. Visual words are drawn over the images in `examples`, or over a drawn one if there are none.
 
     Args:
         folder: of a model or an adapter.
@@ -85,7 +85,7 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, card_text:
         is_adapter=is_adapter,
         facts=_facts(model, data),
         words=_draw_words(model, folder) if model else None,
-        stages=[_describe(stage) for stage in stages],
+        stages=[_describe(stage, _own_folders(stages)) for stage in stages],
         losses=_draw_losses(folder, stages),
         losses_data=LOSSES,
         runs=_runs(stages),
@@ -183,14 +183,19 @@ def _is_repo(name, own_folders=()):
     return True
 
 
-def _shown(name):
+def _shown(name, own_folders=()):
     """A name without the place on a machine that it may be."""
-    return name if name is None or _is_repo(name) else os.path.basename(os.path.normpath(name))
+    return name if name is None or _is_repo(name, own_folders) else os.path.basename(os.path.normpath(name))
+
+
+def _own_folders(stages):
+    """What the stages wrote, and the next ones started from."""
+    recipes = [stage.get("recipe") or {} for stage in stages]
+    return [os.path.normpath(recipe["output_dir"]) for recipe in recipes if recipe.get("output_dir")]
 
 
 def _metadata(stages, results, is_adapter, model_id):
-    recipes = [stage.get("recipe") or {} for stage in stages]
-    own_folders = [os.path.normpath(recipe["output_dir"]) for recipe in recipes if recipe.get("output_dir")]
+    own_folders = _own_folders(stages)
     bases = [_listed(stage.get("base_model")) for stage in reversed(stages)]
     repos = [[name for name in names if _is_repo(name, own_folders)] for names in bases]
     base_model = next(filter(None, repos), [])  # the nearest that others can find
@@ -199,11 +204,12 @@ def _metadata(stages, results, is_adapter, model_id):
     # easy-VQA is a package, not a repository
     datasets = [name.split("/")[0] if name.startswith("easy-vqa/") else name for name in datasets if _is_repo(name)]
     # Of an LLM and a vision tower, the LLM comes first, and its license is the one that carries over
-    origins = {names[0]: _card_data(names[0]) for names in bases if names}
-    licenses = [card for card in origins.values() if card.get("license")]
-    if any(map(_LLAMA_2.search, origins)):
+    first = [names[0] for names in bases if names]
+    origins = [_card_data(name) for name in first if os.path.isdir(name) or _is_repo(name, own_folders)]
+    licenses = [card for card in origins if card.get("license")]
+    if any(map(_LLAMA_2.search, first)):
         licenses = [{"license": "llama2"}]
-    language = next((card["language"] for card in origins.values() if card.get("language")), None)
+    language = next((card["language"] for card in origins if card.get("language")), None)
     tags = ["vwlmm", "visual-words"]
     tags += ["trl", "sft"] if is_trained else []
     tags += ["lora"] if any(stage.get("peft") for stage in stages) else []
@@ -258,7 +264,7 @@ def _without_places(value):
     return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
-def _describe(stage):
+def _describe(stage, own_folders):
     """A row of the table of stages, and the stage's recipe as YAML."""
     from .trainer import STAGES  # imports TRL
 
@@ -270,7 +276,7 @@ def _describe(stage):
     shown |= {"seed": stage["seed"]} if stage.get("seed") is not None else {}
     return {
         "name": stage.get("stage") or "",
-        "base_model": ", ".join(map(_shown, _listed(stage.get("base_model")))),
+        "base_model": ", ".join(_shown(name, own_folders) for name in _listed(stage.get("base_model"))),
         "dataset": _shown(stage.get("dataset")) or "",
         "trains": ", ".join(_listed(recipe.get("trainable") or STAGES.get(stage.get("stage"), {}).get("trainable"))),
         "length": f"{steps} steps" if steps > 0 else f"{epochs} epochs" if epochs is not None else "",

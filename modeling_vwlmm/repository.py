@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from . import load_check
-from .card import write_card
+from .card import EXAMPLES, LOSSES, write_card
 from .configuration_vwlmm import VWLmmConfig
 from .modeling_vwlmm import VWLmmForCausalLM
 from .weights import read_weights, write_weights
@@ -37,6 +37,7 @@ VERBATIM = [
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *(f"{EXAMPLES}/*.png", LOSSES),
 ]
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 _PATH = re.compile(
@@ -145,7 +146,7 @@ def stage(folder: Path, into: Path, base_model: str | None = None) -> None:
             content["base_model_name_or_path"] = base_model
         (into / file.name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for file in _find(folder, VERBATIM):
-        (into / file.relative_to(folder)).parent.mkdir(exist_ok=True)
+        (into / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, into / file.relative_to(folder))
 
 

@@ -156,12 +156,12 @@ def evaluate(model, processor):
     return results
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure a quickstart model.")
     parser.add_argument("model", help="its folder")
     parser.add_argument("--save", action="store_true", help=f"measure more, and write it into its {EVAL_RESULTS_NAME}")
     parser.add_argument("--pairs", action="store_true", help="ask for a colour and a shape at once too")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
     if arguments.save:
