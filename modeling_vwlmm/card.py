@@ -38,6 +38,11 @@ _DRAFTS = (
     "It has been trained using [TRL]",
     "[More Information Needed]",
 )
+_TOGETHER = {
+    "license": ("license_name", "license_link"),
+    "base_model": ("base_model_relation",),
+    "eval_results": ("model-index",),
+}
 _LOSSES = ["loss", "lm_loss", "vw_loss"]
 # Fields of a recipe that stand elsewhere in the card, or name places of the machine that it ran on
 _NOT_SHOWN = {"model", "dataset", "eval_dataset", "image_folder", "output_dir", "resume_from_checkpoint", "stage"}
@@ -70,8 +75,12 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, card_text:
     results = _read_eval_results(folder, stages)
     kept, before, after = _hand_written(folder, card_text)
     model_id = repo_id or folder.resolve().name
-    data = {**kept, **_metadata(stages, results, is_adapter, model_id)}
-    data["tags"] = [*data["tags"], *_listed(kept.get("tags"))]
+    found = _metadata(stages, results, is_adapter, model_id)
+    # What goes with a key that is renewed is not kept beside it
+    for key, others in _TOGETHER.items():
+        for other in others if key in found else ():
+            kept.pop(other, None)
+    data = {**kept, **found, "tags": [*found["tags"], *_listed(kept.get("tags"))]}
 
     model = _load(folder, stages if is_adapter else None)
     (folder / "assets").mkdir(exist_ok=True)
@@ -84,10 +93,10 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, card_text:
         example=next((example for example in _listed(kept.get("widget")) if isinstance(example, dict)), {}),
         is_adapter=is_adapter,
         facts=_facts(model, data),
-        words=_draw_words(model, folder) if model else None,
         stages=[_describe(stage, _own_folders(stages)) for stage in stages],
         losses=_draw_losses(folder, stages),
         losses_data=LOSSES,
+        words=_draw_words(model, folder) if model else None,
         runs=_runs(stages),
         evaluation=_tables(result for result in results if result.task_type != LIMITS_TASK),
         limits=_tables(result for result in results if result.task_type == LIMITS_TASK),
@@ -290,7 +299,7 @@ def _runs(stages):
     lines = []
     for (hardware, versions), group in itertools.groupby(stages, lambda s: (s.get("hardware"), s.get("versions"))):
         names = ", ".join(stage.get("stage") or "training" for stage in group)
-        where = [f"{hardware['device']}, {hardware['processes']} process(es)"] if hardware else []
+        where = [f"{hardware['device']}, processes: {hardware['processes']}"] if hardware else []
         where += [", ".join(f"{name} {version}" for name, version in versions.items())] if versions else []
         lines += [f"{names}: {'; '.join(where)}"] if where else []
     return lines

@@ -129,7 +129,7 @@ def test_says_what_the_records_say(model_folder):  # noqa: F811
     text = str(write_card(write(model_folder, RUN, RESULTS, log(2.0, 1.0)), "someone/model"))
     assert "| align | start | someone/captions | projector | 7 steps | 0.003 |" in text
     assert "| instruct | align | data.json | projector | 2 epochs |  |" in text
-    assert "- align, instruct: A Device, 2 process(es); torch 2.13.0, trl 1.16.0" in text
+    assert "- align, instruct: A Device, processes: 2; torch 2.13.0, trl 1.16.0" in text
     assert "| Questions | test (41 questions) | train (41 questions) |" in text
     assert "| right answers | 0.8125 | 0.9375 |" in text
     assert text.index("## Limits") < text.index("| perplexity | 17.25 |") and "None are measured" not in text
@@ -196,6 +196,18 @@ def test_what_is_written_by_hand_is_kept(model_folder):  # noqa: F811
     (model_folder / "eval_results.json").unlink()
     write_card(model_folder, "someone/model")
     assert "model-index" not in metadata_of(model_folder)
+
+
+def test_what_goes_with_a_renewed_key_is_renewed(model_folder):  # noqa: F811
+    old = write_card(write(model_folder, results=RESULTS), "someone/other").data.to_dict()
+    old |= {"license": "other", "license_name": "mine", "license_link": "LICENSE", "base_model_relation": "quantized"}
+    by_hand = f"---\n{yaml.safe_dump(old)}---\n"
+    run = [{"stage": "convert", "base_model": ["lmsys/vicuna-7b-v1.5", "a/tower"]}]
+    write_card(write(model_folder, run, RESULTS[:1]), "someone/model", by_hand)
+    found = metadata_of(model_folder)
+    assert found["license"] == "llama2" and not {"license_name", "license_link", "base_model_relation"} & found.keys()
+    name, results = model_index_to_eval_results(found["model-index"])
+    assert name == "model" and results == [EvalResult(**RESULTS[0])]
 
 
 @pytest.mark.parametrize("draft", ["It has been trained using [TRL](https://github.com)", "[More Information Needed]"])

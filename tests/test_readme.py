@@ -14,6 +14,7 @@ from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessorPil, CLIPVisionModel
 
 from modeling_vwlmm.cli import main
+from modeling_vwlmm.data import easy_vqa
 
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -54,8 +55,16 @@ def local(tmp_path, monkeypatch, model_folder, data):  # noqa: F811
     return replace
 
 
+def test_the_first_example_needs_nothing_but_the_checkout(monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert len(PYTHON[0].strip().replace("\n\n", "\n").split("\n")) == 5
+    exec(PYTHON[0], {})
+    (row, *_) = easy_vqa("test", "caption")
+    assert capsys.readouterr().out.strip() == row["messages"][-1]["content"][0]["text"].split()[1]
+
+
 def test_python_examples_run(local, capsys):
-    use, ask, train = PYTHON
+    _, use, ask, train = PYTHON
     variables = {}
     exec(local(use + ask), variables)
     patches = variables["model"].config.image_seq_length
