@@ -176,12 +176,13 @@ def push(
         staged, base = Path(scratch) / "repository", Path(scratch) / "repository-base"
         with one_line(repo_id, token):
             card_text = _download(api, info, "README.md") if info is not None else None
-        prepare(folder, staged, repo_id, base_model, card_text, token)
+        card = prepare(folder, staged, repo_id, base_model, card_text, token)
         with one_line(repo_id, token):
+            card.validate()
             if base.is_dir():
                 _check_base(api, base_model, base)
             if info is None:
-                api.create_repo(repo_id, private=private, exist_ok=True)
+                api.create_repo(repo_id, private=private)
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             local = {path.name for path in staged.iterdir()}

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers.dynamic_module_utils import custom_object_save
@@ -200,12 +201,15 @@ def prepare(
     base_model: str | None = None,
     card_text: str | None = None,
     token: str | None = None,
-) -> None:
+) -> ModelCard:
     """Make the repository of a model folder, in a new folder, and see that it loads.
 
     Args:
         base_model (`str`, *optional*): the repository of the model that an adapter of a local model belongs to.
         card_text (`str`, *optional*): the card that is in the repository.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: the card.
 
     Raises:
         FileNotFoundError, ValueError: something is missing, does not load or holds a token.
@@ -228,9 +232,10 @@ def prepare(
         card_text = own_card.read_text(encoding="utf-8")
         if "generated_from_trainer" in card_text or "[More Information Needed]" in card_text:
             card_text = None  # TRL's and PEFT's, which nobody wrote
-    write_card(into, repo_id, card_text)
+    card = write_card(into, repo_id, card_text)
     for file in sorted(path for path in into.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
         content = file.read_bytes().decode(errors="replace")
         if _TOKEN.search(content) or (token and token in content):
             raise ValueError(f"{file.relative_to(into)} would hold a token of the Hub: remove it from {folder}")
     check_loads(into, folder, base, token)
+    return card
