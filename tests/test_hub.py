@@ -117,7 +117,10 @@ def test_the_card(published):
         (r"C:\Users\ann\7b", "7b"),
         (str(Path.home()), "~"),
         ("/data/My Pictures/x.json", "x.json"),
-        ("vwlmm train --output_dir=/home/ann/out --config recipes/x.yaml", "vwlmm train --output_dir=out --config "),
+        (
+            "vwlmm train --output_dir=/home/ann/out --config recipes/x.yaml",
+            "vwlmm train --output_dir=out --config recipes/x.yaml",
+        ),
         ("me/model", "me/model"),
         ("https://example.org/a/b", "https://example.org/a/b"),
         ("and/or 1/2 </s>", "and/or 1/2 </s>"),
@@ -125,10 +128,12 @@ def test_the_card(published):
     ],
 )
 def test_harmless(text, expected):
-    assert harmless({"a": [text]}, is_log=True)["a"][0].startswith(expected)
-    name = {"_name_or_path": text, "content": "/home/ann"}
-    assert "ann/" not in harmless(name, is_log=False)["_name_or_path"] or " " in text
-    assert harmless(name, is_log=False)["content"] == "/home/ann"
+    assert harmless({"a": [text]}, is_log=True) == {"a": [expected]}
+
+
+def test_of_a_config_no_more_changes_than_has_to():
+    config = {"text_config": {"_name_or_path": "/home/ann/7b"}, "target_modules": r".*\.(q|v)_proj", "x": "/home/ann"}
+    assert harmless(config, is_log=False) == {**config, "text_config": {"_name_or_path": "7b"}}
 
 
 STRANGER = """

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +16,16 @@ from test_lora import base_folder, train
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
+import modeling_vwlmm
+from modeling_vwlmm import hub as hub_module
 from modeling_vwlmm import hub_mixin, repository, weights
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.hub import push
 from modeling_vwlmm.repository import check_loads, stage
 from modeling_vwlmm.weights import read_weights
+
+
+CODE = "modeling_vwlmm.py"
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def folder(tmp_path, model):
 def checked(monkeypatch):
     """The folders that would have been loaded, which is seen to elsewhere; retries do not wait."""
     names = []
-    monkeypatch.setattr(repository, "check_loads", lambda staged, name, *arguments: names.append(name))
+    monkeypatch.setattr(hub_module, "check_loads", lambda staged, name, *arguments: names.append(name))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     return names
 
@@ -173,13 +179,30 @@ def test_metadata_that_the_hub_does_not_take(model, hub, capsys, checked):
 def test_an_adapter_needs_its_base_model(tmp_path, hub, capsys, checked):
     train(tmp_path)
     assert "push that first" in refused(capsys, hub, tmp_path / "adapter", "me/adapter")
-    other = tiny_model(llm="qwen3")
-    other.save_pretrained(tmp_path / "other")
-    shutil.copytree(tmp_path / "other", tmp_path / "base", dirs_exist_ok=True)
     hub.repos["me/other"] = Repo(private=False)
     line = error_of(capsys, "push", str(tmp_path / "adapter"), "me/adapter", "--base-model", "me/other")
-    assert "me/other is not the base model: configuration_vwlmm.py" in line and "model.safetensors" in line
-    assert "me/adapter" not in hub.repos
+    assert "me/other is not the base model: chat_template.jinja" in line and "me/adapter" not in hub.repos
+
+
+def test_an_adapter_of_a_repository(tmp_path, hub, capsys, checked, monkeypatch):
+    """Whose code is not run unasked."""
+    train(tmp_path)
+    push(tmp_path / "base", "me/base")
+    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="me/base")
+    bases = []
+    monkeypatch.setattr(
+        hub_module, "check_loads", lambda staged, name, base: bases.append(Path(base, CODE).read_text())
+    )
+    repo = hub.repos["me/base"]
+    repo.commit("main", {**repo.commits[repo.refs["main"]], CODE: b"raise SystemExit"}, "other code")
+    push(tmp_path / "adapter", "me/adapter")
+    assert bases == [Path(modeling_vwlmm.__file__).with_name(CODE).read_text()]
+    without = {path: file for path, file in repo.commits[repo.refs["main"]].items() if not path.endswith(".py")}
+    repo.commit("main", without, "no code")
+    line = error_of(capsys, "push", str(tmp_path / "adapter"), "me/adapter")
+    assert "me/base has no code" in line
+    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="me/nothing")
+    assert "me/nothing: the Hub answered 404" in error_of(capsys, "push", str(tmp_path / "adapter"), "me/second")
 
 
 FAULTS = ["whoami-v2", "GET /api/models/me/model$", "create", "preupload", "batch", "PUT", "commit", "tree"]
@@ -250,7 +273,7 @@ def test_a_commit_in_between_is_not_overwritten(model, hub, checked, monkeypatch
     push(model, "me/model")
     repo = hub.repos["me/model"]
     monkeypatch.setattr(
-        repository, "check_loads", lambda *_: repo.commit("main", repo.commits[repo.refs["main"]], "in between")
+        hub_module, "check_loads", lambda *_: repo.commit("main", repo.commits[repo.refs["main"]], "in between")
     )
     edit(model / "generation_config.json", max_new_tokens=8)
     with pytest.raises(OSError, match="me/model: the repository has changed meanwhile"):
