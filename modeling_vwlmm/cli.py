@@ -291,8 +291,7 @@ def push(argv):
 
     from huggingface_hub.utils import logging
 
-    from .hub import push
-    from .repository import prepare
+    from .hub import prepare, push
 
     _quiet()
     if not sys.stderr.isatty():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import CommitInfo, HfApi, ModelInfo, get_token
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo, get_token, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -21,8 +21,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
+from .card import write_card
 from .configuration_vwlmm import VWLmmConfig
-from .repository import prepare, read_folder
+from .repository import check_loads, read_folder, refuse_tokens, stage
 from .weights import name_some
 
 
@@ -131,11 +132,62 @@ def _download(api: HfApi, info: ModelInfo, name: str) -> str | None:
 
 
 def _check_base(api: HfApi, base_model: str, base: Path) -> None:
+    """That the repository has the weights which the adapter was seen to load on, and code to load them with."""
     verified = api.verify_repo_checksums(base_model, local_dir=base)
     different = [mismatch["path"] for mismatch in verified.mismatches] + verified.extra_paths
-    different = [name for name in different if name.endswith((".safetensors", ".py"))]
-    if different:
+    if any(name.endswith(".safetensors") for name in different):
         raise ValueError(f"{base_model} is not the base model: {name_some(different)} differ from those of its folder")
+    if any(name.endswith(".py") for name in verified.extra_paths):
+        raise ValueError(f"{base_model} has no code to load it without this package: push it with `vwlmm push`")
+
+
+def prepare(
+    folder: str | os.PathLike,
+    into: Path,
+    repo_id: str,
+    base_model: str | None = None,
+    card_text: str | None = None,
+    token: str | None = None,
+) -> ModelCard:
+    """Make the repository of a model folder, in a new folder, and see that it loads.
+
+    Args:
+        base_model (`str`, *optional*): the repository of an adapter's base model, if it was trained on a folder.
+        card_text (`str`, *optional*): the card that is in the repository.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: the card.
+
+    Raises:
+        FileNotFoundError, ValueError: something is missing, does not load or holds a token.
+        OSError: an adapter's base model cannot be downloaded.
+    """
+    folder = Path(folder)
+    _, trained_on = read_folder(folder)
+    base = None
+    if trained_on is not None:
+        base, source = into.with_name(into.name + "-base"), Path(trained_on)
+        if not source.is_dir():
+            # With the code of this package in place of its own, which nobody has said to trust
+            with one_line(trained_on, token):
+                source = Path(snapshot_download(trained_on, token=token, allow_patterns=["*.json", "*.safetensors"]))
+        elif base_model is None:
+            raise ValueError(
+                f"{folder} is an adapter of the folder {trained_on}: push that first, and name its repository with "
+                "--base-model"
+            )
+        read_folder(source)
+        stage(source, base)
+    stage(folder, into, base_model)
+    own_card = folder / "README.md"
+    if card_text is None and own_card.is_file():
+        card_text = own_card.read_text(encoding="utf-8")
+        if "generated_from_trainer" in card_text or "[More Information Needed]" in card_text:
+            card_text = None  # TRL's and PEFT's, which nobody wrote
+    card = write_card(into, repo_id, card_text)
+    refuse_tokens(into, folder, token)
+    check_loads(into, folder, base)
+    return card
 
 
 def push(
@@ -169,19 +221,20 @@ def push(
     if create_pr and revision is not None:
         raise ValueError("a pull request is always for the main branch: give no revision")
     folder, token = Path(folder), token or get_token()
-    config, named = read_folder(folder)
-    repo_id, info = find_repo(repo_id, config, base_model or named, private, revision, token)
+    config, trained_on = read_folder(folder)
+    repo_id, info = find_repo(repo_id, config, base_model or trained_on, private, revision, token)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="vwlmm-push-") as scratch:
         staged, base = Path(scratch) / "repository", Path(scratch) / "repository-base"
         with one_line(repo_id, token):
             card_text = _download(api, info, "README.md") if info is not None else None
-        prepare(folder, staged, repo_id, base_model, card_text, token)
+        card = prepare(folder, staged, repo_id, base_model, card_text, token)
         with one_line(repo_id, token):
+            card.validate()
             if base.is_dir():
-                _check_base(api, base_model, base)
+                _check_base(api, base_model or trained_on, base)
             if info is None:
-                api.create_repo(repo_id, private=private, exist_ok=True)
+                api.create_repo(repo_id, private=private)
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             local = {path.name for path in staged.iterdir()}

@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from . import load_check
-from .card import EXAMPLES, LOSSES, write_card
+from .card import EXAMPLES, LOSSES
 from .configuration_vwlmm import VWLmmConfig
 from .modeling_vwlmm import VWLmmForCausalLM
 from .weights import read_weights, write_weights
@@ -41,7 +41,7 @@ VERBATIM = [
 ]
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 _PATH = re.compile(
-    r"""(?<![\w.:/\\<>~*)-])(?:file://)?~?[\w-]*(?:/[^/\s"',;:()]+)+/?"""  # /home/me/x, ~/x
+    r"""(?<![\w.:/\\<>~*)-])(?:file://|~[\w-]*)?(?:/[^/\s"',;:()]+)+/?"""  # /home/me/x, ~/x
     r"""|(?<!\w)[A-Za-z]:[\\/][^\s"',;]+|\\\\[\w.-]+\\[^\s"',;]+"""  # C:\x, \\host\x
 )
 _WHOLE_PATH = re.compile(r"(?:file://|[/~]|\.\.[/\\]|[A-Za-z]:[\\/]|\\\\)[^\n]*")
@@ -157,26 +157,29 @@ def _link(file: Path, into: Path) -> None:
         os.symlink(file.resolve(), into / file.name)
 
 
-def check_loads(staged: Path, name: str | os.PathLike, base: Path | None = None, token: str | None = None) -> None:
+def refuse_tokens(staged: Path, name: str | os.PathLike, token: str | None) -> None:
+    """`ValueError` if a file of a staged folder holds the token, or any other of the Hub."""
+    for file in sorted(path for path in staged.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
+        content = file.read_bytes().decode(errors="replace")
+        if _TOKEN.search(content) or (token and token in content):
+            raise ValueError(f"{file.relative_to(staged)} would hold a token of the Hub: remove it from {name}")
+
+
+def check_loads(staged: Path, name: str | os.PathLike, base: Path | None = None) -> None:
     """Load a staged folder on the CPU in fresh processes, with this package and with transformers and torch alone.
 
     Args:
         name (`str` or `os.PathLike`): what error messages call the folder.
-        base (`Path`, *optional*): the staged base model of an adapter, if it is not to be had from its repository.
+        base (`Path`, *optional*): the staged base model of an adapter.
 
     Raises:
         ValueError: it does not load, or computes something else without this package.
     """
-    is_adapter = (staged / ADAPTER_CONFIG_NAME).is_file()
     results = []
     with tempfile.TemporaryDirectory() as scratch:
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_MODULES_CACHE": scratch}
-        if base is not None or not is_adapter:
-            environment["HF_HUB_OFFLINE"] = "1"
-        if token is not None:
-            environment["HF_TOKEN"] = token
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         output = os.path.join(scratch, "output")
-        bare = ["--bare", "pillow", *(["peft"] if is_adapter else [])]
+        bare = ["--bare", "pillow", *([] if base is None else ["peft"])]
         for how, switches in tqdm([("", []), (" without this package", bare)], desc="Loading", disable=None):
             run = subprocess.run(
                 [sys.executable, load_check.__file__, staged, output, *(["--base", base] if base else []), *switches],
@@ -192,46 +195,3 @@ def check_loads(staged: Path, name: str | os.PathLike, base: Path | None = None,
     for key, expected in results[0].items():
         if not torch.allclose(results[1][key], expected, rtol=1e-3, atol=1e-4):
             raise ValueError(f"{name}: another {key} without this package than with it")
-
-
-def prepare(
-    folder: str | os.PathLike,
-    into: Path,
-    repo_id: str,
-    base_model: str | None = None,
-    card_text: str | None = None,
-    token: str | None = None,
-) -> None:
-    """Make the repository of a model folder, in a new folder, and see that it loads.
-
-    Args:
-        base_model (`str`, *optional*): the repository of the model that an adapter of a local model belongs to.
-        card_text (`str`, *optional*): the card that is in the repository.
-
-    Raises:
-        FileNotFoundError, ValueError: something is missing, does not load or holds a token.
-    """
-    folder = Path(folder)
-    _, named = read_folder(folder)
-    base = None
-    if named is not None and Path(named).is_dir():
-        if base_model is None:
-            raise ValueError(
-                f"{folder} is an adapter of the folder {named}: push that first, and name its repository with "
-                "--base-model"
-            )
-        base = into.with_name(into.name + "-base")
-        read_folder(Path(named))
-        stage(Path(named), base)
-    stage(folder, into, base_model)
-    own_card = folder / "README.md"
-    if card_text is None and own_card.is_file():
-        card_text = own_card.read_text(encoding="utf-8")
-        if "generated_from_trainer" in card_text or "[More Information Needed]" in card_text:
-            card_text = None  # TRL's and PEFT's, which nobody wrote
-    write_card(into, repo_id, card_text)
-    for file in sorted(path for path in into.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
-        content = file.read_bytes().decode(errors="replace")
-        if _TOKEN.search(content) or (token and token in content):
-            raise ValueError(f"{file.relative_to(into)} would hold a token of the Hub: remove it from {folder}")
-    check_loads(into, folder, base, token)

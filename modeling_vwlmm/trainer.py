@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path
 
 from .collator import VWLmmDataCollator
+from .hub_mixin import HubMixin
 from .lora import for_language_model, keep_precision, skip_small_parts
 from .modeling_vwlmm import VWLmmForCausalLM
 from .training_run import describe_run, given_fields, read_training_run, write_training_run
@@ -172,7 +173,7 @@ def number_samples(dataset):
     return dataset.map(lambda example, index: {**example, **added, "sample_index": index}, with_indices=True)
 
 
-class VWLmmSFTTrainer(SFTTrainer):
+class VWLmmSFTTrainer(HubMixin, SFTTrainer):
     """TRL's [`~trl.SFTTrainer`] with the visual-word loss added to its own.
 
     With lambda the model config's `visual_word_loss_weight`, the loss is TRL's plus lambda times the mean of the

@@ -4,8 +4,10 @@ Create, preupload, LFS, commit, branches, pull requests, tree and resolve; and i
 """
 
 import base64
+import contextlib
 import hashlib
 import json
+import os
 import re
 import sys
 import threading
@@ -13,7 +15,9 @@ import urllib.parse
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
 import yaml
+from huggingface_hub import constants
 from huggingface_hub.utils.sha import git_hash
 
 
@@ -100,6 +104,7 @@ def route(pattern):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which would delay each answer by 40 ms
 
     def log_message(self, *arguments):
         pass
@@ -302,3 +307,35 @@ class Handler(BaseHTTPRequestHandler):
             status, headers["Content-Range"] = 206, f"bytes {start}-{end}/{len(content)}"
             content = content[start : end + 1]
         self.answer(status, content, headers)
+
+
+TOKEN = "hf_" + "Sentinel" * 4 + "xy"
+READ_ONLY = "hf_" + "ReadOnly" * 4 + "xy"
+
+
+def environment(hub, cache, token=TOKEN):
+    """Of a process for which this is the Hub, with an empty cache."""
+    variables = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    variables.pop("HF_HUB_OFFLINE", None)
+    variables.pop("HF_TOKEN", None)
+    return variables | ({"HF_TOKEN": token} if token else {})
+
+
+@contextlib.contextmanager
+def local_hub(cache):
+    """A [`Hub`] for this process and its children, with two tokens of a user `me`."""
+    with Hub() as hub, pytest.MonkeyPatch.context() as patch:
+        hub.users.update({TOKEN: ("me", "write"), READ_ONLY: ("me", "read")})
+        for name, value in environment(hub, cache).items():
+            patch.setenv(name, value)
+        patch.delenv("HF_HUB_OFFLINE")
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_TOKEN_PATH": str(cache / "token"),
+            "HF_HUB_CACHE": str(cache / "hub"),
+        }.items():
+            patch.setattr(constants, name, value)
+        yield hub
