@@ -90,7 +90,7 @@ def metadata_of(folder):
 
 
 def figures_of(text):
-    return set(re.findall(r"(?<![\w.])\d+(?:\.\d+)*(?:e-?\d+)?", text))
+    return set(re.findall(r"(?<![\w.-])\d+(?:\.\d+)*(?:e-?\d+)?", text))
 
 
 def strange_figures(folder):
