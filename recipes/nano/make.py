@@ -1,6 +1,6 @@
 """vwlmm-nano, from nothing to its repository: the quickstart's stages, measured, in hub_card/vwlmm-nano.
 
-The recipes are those in recipes/quickstart/, of which three get more steps here.
+The recipes are those in recipes/quickstart/, of which the first two get more steps here.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from modeling_vwlmm.hub import prepare  # noqa: E402
 REPOSITORY = Path("hub_card/vwlmm-nano")
 START, JOINT = "runs/nano/start", "runs/nano/joint"
 # Steps of 32 samples: stage 1 passes four times over the 3,578 captions, stage 2 once over the 16,000 conversations
-STAGES = {"align": 448, "instruct": 500, "visual_words": 100, "joint": 250}
+STAGES = {"align": 448, "instruct": 500, "visual_words": 100, "joint": 200}
 # What stands in its card beside what is recorded
 CARD = """---
 license: apache-2.0
