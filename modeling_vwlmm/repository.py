@@ -35,7 +35,7 @@ LOGS = ["training_run.json", "trainer_state.json", "*_results.json"]
 VERBATIM = [
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
-    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "examples/*.png", "assets/losses.json"),
 ]
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 _PATH = re.compile(
@@ -50,6 +50,17 @@ def _read_json(path: Path) -> dict | list:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _read_object(path: Path) -> dict:
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _write_json(path: Path, content: dict | list) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _base_name(path: str) -> str:
@@ -94,7 +105,7 @@ def read_folder(folder: Path) -> tuple[VWLmmConfig | None, str | None]:
         raise FileNotFoundError(f"{folder} is no folder, expected one that `vwlmm train` or `vwlmm convert` wrote")
     config = base_model = None
     if (folder / ADAPTER_CONFIG_NAME).is_file():
-        base_model = _read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+        base_model = _read_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
         if not base_model:
             raise ValueError(f"{folder / ADAPTER_CONFIG_NAME} names no base model")
         if not (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
@@ -102,7 +113,7 @@ def read_folder(folder: Path) -> tuple[VWLmmConfig | None, str | None]:
     else:
         if not (folder / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"{folder} has no model, expected {CONFIG_NAME} or {ADAPTER_CONFIG_NAME}")
-        model_type = _read_json(folder / CONFIG_NAME).get("model_type")
+        model_type = _read_object(folder / CONFIG_NAME).get("model_type")
         VWLmmConfig.get_config_dict(folder)  # says how to convert a LLaVA
         if model_type != VWLmmConfig.model_type:
             raise ValueError(f'{folder} has a model of type "{model_type}", expected "{VWLmmConfig.model_type}"')
@@ -115,6 +126,8 @@ def read_folder(folder: Path) -> tuple[VWLmmConfig | None, str | None]:
 
 def stage(folder: Path, into: Path, base_model: str | None = None) -> None:
     """Fill a new folder with what belongs into a repository; weights are links to those of the old one.
+
+    Logs are as they were, for the card to be made of them.
 
     Args:
         base_model (`str`, *optional*): what an adapter is to name as its base model.
@@ -133,18 +146,17 @@ def stage(folder: Path, into: Path, base_model: str | None = None) -> None:
         else:
             write_weights(into, tensors)
         custom_object_save(VWLmmForCausalLM, into)
-    logs = _find(folder, LOGS)
-    for file in [*_find(folder, CONFIGS), *logs]:
+    for file in _find(folder, CONFIGS):
         if file.name in left_out:
             continue
-        content = harmless(_read_json(file), is_log=file in logs)
+        content = harmless(_read_object(file), is_log=False)
         if file.name == CONFIG_NAME:
             content["auto_map"] = AUTO_MAP
         if file.name == ADAPTER_CONFIG_NAME and base_model is not None:
             content["base_model_name_or_path"] = base_model
-        (into / file.name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for file in _find(folder, VERBATIM):
-        (into / file.relative_to(folder)).parent.mkdir(exist_ok=True)
+        _write_json(into / file.name, content)
+    for file in _find(folder, [*LOGS, *VERBATIM]):
+        (into / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, into / file.relative_to(folder))
 
 
@@ -155,8 +167,10 @@ def _link(file: Path, into: Path) -> None:
         os.symlink(file.resolve(), into / file.name)
 
 
-def refuse_tokens(staged: Path, name: str | os.PathLike, token: str | None) -> None:
-    """`ValueError` if a file of a staged folder holds the token, or any other of the Hub."""
+def make_harmless(staged: Path, name: str | os.PathLike, token: str | None) -> None:
+    """Take what is private out of the logs of a staged folder; `ValueError` if a file holds a token all the same."""
+    for file in _find(staged, LOGS):
+        _write_json(file, harmless(_read_json(file), is_log=True))
     for file in sorted(path for path in staged.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
         content = file.read_bytes().decode(errors="replace")
         if _TOKEN.search(content) or (token and token in content):

@@ -253,19 +253,24 @@ def test_with_this_package(published, tmp_path):
 PINNED = """
 import sys
 from transformers import AutoModelForCausalLM
-print(type(AutoModelForCausalLM.from_pretrained("me/merged", trust_remote_code=True, revision=sys.argv[1])).__module__)
+repo, revision, *adapter = sys.argv[1:]
+pinned = {"revision": revision, "adapter_kwargs": {"revision": adapter[0]} if adapter else None}
+print(type(AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, **pinned)).__module__)
 """
 
 
-def test_a_revision_pins_the_code(published, tmp_path):
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_a_revision_pins_the_code(published, tmp_path, kind):
+    """For an adapter, whose code is that of its base model, with `adapter_kwargs` for its own revision."""
     hub, _ = published
-    repo = hub.repos["me/merged"]
+    repo = hub.repos["me/model" if kind == "adapter" else f"me/{kind}"]
+    own = [hub.repos["me/adapter"].refs["main"]] if kind == "adapter" else []
     first = repo.refs["main"]
     code = {"modeling_vwlmm.py": b"raise SystemExit('other code')"}
     repo.commit("other", {**repo.commits[first], **code}, "other code")
     for revision, expected in ((first, 0), ("other", 1)):
         run = subprocess.run(
-            [sys.executable, "-c", PINNED, revision],
+            [sys.executable, "-c", PINNED, f"me/{kind}", revision, *own],
             env=environment(hub, tmp_path / "cache"),
             capture_output=True,
             text=True,
