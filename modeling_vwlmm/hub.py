@@ -180,9 +180,12 @@ def prepare(
         read_folder(source)
         stage(source, base)
     stage(folder, into, base_model)
-    card = write_card(into, repo_id, card_text)
-    make_harmless(into, folder, token)
     check_loads(into, folder, base)
+    try:
+        card = write_card(into, repo_id, card_text)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(into), str(folder))) from error
+    make_harmless(into, folder, token)
     return card
 
 

@@ -68,26 +68,29 @@ def _base_name(path: str) -> str:
     return "~" if name in ("", os.path.basename(os.path.expanduser("~"))) else name
 
 
-def harmless(value, is_log: bool, key: str = ""):
-    """A JSON value without tokens, and of whose absolute paths the base names are left.
+def without_secrets(text: str) -> str:
+    """A text without the Hub's tokens and the name of this machine."""
+    host = socket.gethostname()
+    if len(host) > 3 and host != "localhost":
+        text = re.sub(rf"\b{re.escape(host)}\b", "host", text)
+    return _TOKEN.sub("hf_***", text)
 
-    Of a config those that stand under a key that says so (`_name_or_path`), for it may hold anything else that looks
-    like a path; of a log all, and the name of this machine.
+
+def without_paths(value, is_log: bool, key: str = ""):
+    """A JSON value with the base names of its absolute paths.
+
+    Of a log all are shortened; of a config those that stand under a key that says so (`_name_or_path`), for it may
+    hold anything else that looks like a path.
     """
     if isinstance(value, dict):
-        return {harmless(name, is_log): harmless(item, is_log, name) for name, item in value.items()}
+        return {without_paths(name, is_log): without_paths(item, is_log, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [harmless(item, is_log, key) for item in value]
+        return [without_paths(item, is_log, key) for item in value]
     if not isinstance(value, str):
         return value
     if _WHOLE_PATH.fullmatch(value) and (is_log or re.search("path|file|dir|folder", key)):
         return _base_name(value)
-    if is_log:
-        value = _PATH.sub(lambda match: _base_name(match[0]), value)
-        host = socket.gethostname()
-        if len(host) > 3 and host != "localhost":
-            value = re.sub(rf"\b{re.escape(host)}\b", "host", value)
-    return _TOKEN.sub("hf_***", value)
+    return _PATH.sub(lambda match: _base_name(match[0]), value) if is_log else value
 
 
 def _find(folder: Path, patterns: list[str]) -> list[Path]:
@@ -127,7 +130,7 @@ def read_folder(folder: Path) -> tuple[VWLmmConfig | None, str | None]:
 def stage(folder: Path, into: Path, base_model: str | None = None) -> None:
     """Fill a new folder with what belongs into a repository; weights are links to those of the old one.
 
-    Logs are as they were, for the card to be made of them.
+    Logs keep their paths, by which the card finds those of earlier stages.
 
     Args:
         base_model (`str`, *optional*): what an adapter is to name as its base model.
@@ -149,13 +152,16 @@ def stage(folder: Path, into: Path, base_model: str | None = None) -> None:
     for file in _find(folder, CONFIGS):
         if file.name in left_out:
             continue
-        content = harmless(_read_object(file), is_log=False)
+        content = without_paths(_read_object(file), is_log=False)
         if file.name == CONFIG_NAME:
             content["auto_map"] = AUTO_MAP
         if file.name == ADAPTER_CONFIG_NAME and base_model is not None:
             content["base_model_name_or_path"] = base_model
         _write_json(into / file.name, content)
-    for file in _find(folder, [*LOGS, *VERBATIM]):
+    for file in _find(folder, LOGS):
+        _read_json(file)  # or says that it is none
+        (into / file.name).write_text(without_secrets(file.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in _find(folder, VERBATIM):
         (into / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, into / file.relative_to(folder))
 
@@ -168,9 +174,13 @@ def _link(file: Path, into: Path) -> None:
 
 
 def make_harmless(staged: Path, name: str | os.PathLike, token: str | None) -> None:
-    """Take what is private out of the logs of a staged folder; `ValueError` if a file holds a token all the same."""
+    """Shorten the paths in the logs and the card of a staged folder; `ValueError` if a file holds a token."""
     for file in _find(staged, LOGS):
-        _write_json(file, harmless(_read_json(file), is_log=True))
+        _write_json(file, without_paths(_read_json(file), is_log=True))
+    card = staged / "README.md"
+    home = re.escape(os.path.expanduser("~").rstrip("/"))
+    text = re.sub(rf"""{home}/[^\s"'`,;:()|]*""", lambda match: _base_name(match[0]), card.read_text(encoding="utf-8"))
+    card.write_text(text, encoding="utf-8")
     for file in sorted(path for path in staged.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
         content = file.read_bytes().decode(errors="replace")
         if _TOKEN.search(content) or (token and token in content):

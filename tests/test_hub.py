@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 from modeling_vwlmm import load_check
 from modeling_vwlmm.cli import main
-from modeling_vwlmm.repository import harmless
+from modeling_vwlmm.repository import make_harmless, without_paths
 
 
 HOST = "anns-desktop"
@@ -124,16 +124,22 @@ def test_the_card(published):
         ("me/model", "me/model"),
         ("https://example.org/a/b", "https://example.org/a/b"),
         ("and/or 1/2 </s>", "and/or 1/2 </s>"),
-        (TOKEN, "hf_***"),
     ],
 )
-def test_harmless(text, expected):
-    assert harmless({"a": [text]}, is_log=True) == {"a": [expected]}
+def test_paths_in_logs(text, expected):
+    assert without_paths({"a": [text]}, is_log=True) == {"a": [expected]}
 
 
 def test_of_a_config_no_more_changes_than_has_to():
     config = {"text_config": {"_name_or_path": "/home/ann/7b"}, "target_modules": r".*\.(q|v)_proj", "x": "/home/ann"}
-    assert harmless(config, is_log=False) == {**config, "text_config": {"_name_or_path": "7b"}}
+    assert without_paths(config, is_log=False) == {**config, "text_config": {"_name_or_path": "7b"}}
+
+
+def test_paths_in_a_card(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text(f"Trained on `{Path.home()}/x/data.json`, see https://example.org{Path.home()}x and /etc/x.")
+    make_harmless(tmp_path, tmp_path, None)
+    assert card.read_text() == f"Trained on `data.json`, see https://example.org{Path.home()}x and /etc/x."
 
 
 STRANGER = """
