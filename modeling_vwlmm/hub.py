@@ -23,7 +23,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from .card import write_card
 from .configuration_vwlmm import VWLmmConfig
-from .repository import check_loads, read_folder, refuse_tokens, stage
+from .repository import check_loads, make_harmless, read_folder, stage
 from .weights import name_some
 
 
@@ -162,6 +162,7 @@ def prepare(
         FileNotFoundError, ValueError: something is missing, does not load or holds a token.
         OSError: an adapter's base model cannot be downloaded.
     """
+    validate_repo_id(repo_id)
     folder = Path(folder)
     _, trained_on = read_folder(folder)
     base = None
@@ -179,14 +180,12 @@ def prepare(
         read_folder(source)
         stage(source, base)
     stage(folder, into, base_model)
-    own_card = folder / "README.md"
-    if card_text is None and own_card.is_file():
-        card_text = own_card.read_text(encoding="utf-8")
-        if "generated_from_trainer" in card_text or "[More Information Needed]" in card_text:
-            card_text = None  # TRL's and PEFT's, which nobody wrote
-    card = write_card(into, repo_id, card_text)
-    refuse_tokens(into, folder, token)
     check_loads(into, folder, base)
+    try:
+        card = write_card(into, repo_id, card_text)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(into), str(folder))) from error
+    make_harmless(into, folder, token)
     return card
 
 

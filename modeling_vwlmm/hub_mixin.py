@@ -105,7 +105,11 @@ class HubMixin:
         # The checkpoint may be deleted before it is sent
         scratch = tempfile.TemporaryDirectory(prefix=".push-", dir=self.args.output_dir)
         copy = Path(scratch.name) / Path(checkpoint_folder).name
-        stage(Path(checkpoint_folder), copy)
+        try:
+            stage(Path(checkpoint_folder), copy)
+        except (ValueError, OSError) as error:
+            logger.warning(f"{copy.name} was not pushed: {error}")
+            return
         job = run_as_future(self._push_copy, scratch, copy, f"Training in progress, {when}")
         if busy:
             self.push_in_progress.jobs.append(job)

@@ -8,6 +8,7 @@ import argparse
 import re
 import sys
 from importlib import metadata
+from pathlib import Path
 
 
 class _Hiding:
@@ -53,8 +54,10 @@ def main():
     parser.add_argument("--base")
     parser.add_argument("--bare", nargs="*", metavar="DISTRIBUTION", help="transformers, torch and these alone")
     arguments = parser.parse_args()
-    sys.path.pop(0)  # the folder of this file, whose modules belong to a package
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]  # its modules belong to a package
     if arguments.bare is None:
+        sys.path.append(str(here.parent))
         import modeling_vwlmm  # noqa: F401
     else:
         hide_all_but(["torch", "transformers", *arguments.bare])

@@ -17,7 +17,6 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from . import load_check
-from .card import EXAMPLES, LOSSES
 from .configuration_vwlmm import VWLmmConfig
 from .modeling_vwlmm import VWLmmForCausalLM
 from .weights import read_weights, write_weights
@@ -36,8 +35,7 @@ LOGS = ["training_run.json", "trainer_state.json", "*_results.json"]
 VERBATIM = [
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
-    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
-    *(f"{EXAMPLES}/*.png", LOSSES),
+    *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "examples/*.png", "assets/losses.json"),
 ]
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 _PATH = re.compile(
@@ -54,31 +52,45 @@ def _read_json(path: Path) -> dict | list:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
+def _read_object(path: Path) -> dict:
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _write_json(path: Path, content: dict | list) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _base_name(path: str) -> str:
     name = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
     return "~" if name in ("", os.path.basename(os.path.expanduser("~"))) else name
 
 
-def harmless(value, is_log: bool, key: str = ""):
-    """A JSON value without tokens, and of whose absolute paths the base names are left.
+def without_secrets(text: str) -> str:
+    """A text without the Hub's tokens and the name of this machine."""
+    host = socket.gethostname()
+    if len(host) > 3 and host != "localhost":
+        text = re.sub(rf"\b{re.escape(host)}\b", "host", text)
+    return _TOKEN.sub("hf_***", text)
 
-    Of a config those that stand under a key that says so (`_name_or_path`), for it may hold anything else that looks
-    like a path; of a log all, and the name of this machine.
+
+def without_paths(value, is_log: bool, key: str = ""):
+    """A JSON value with the base names of its absolute paths.
+
+    Of a log all are shortened; of a config those that stand under a key that says so (`_name_or_path`), for it may
+    hold anything else that looks like a path.
     """
     if isinstance(value, dict):
-        return {harmless(name, is_log): harmless(item, is_log, name) for name, item in value.items()}
+        return {without_paths(name, is_log): without_paths(item, is_log, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [harmless(item, is_log, key) for item in value]
+        return [without_paths(item, is_log, key) for item in value]
     if not isinstance(value, str):
         return value
     if _WHOLE_PATH.fullmatch(value) and (is_log or re.search("path|file|dir|folder", key)):
         return _base_name(value)
-    if is_log:
-        value = _PATH.sub(lambda match: _base_name(match[0]), value)
-        host = socket.gethostname()
-        if len(host) > 3 and host != "localhost":
-            value = re.sub(rf"\b{re.escape(host)}\b", "host", value)
-    return _TOKEN.sub("hf_***", value)
+    return _PATH.sub(lambda match: _base_name(match[0]), value) if is_log else value
 
 
 def _find(folder: Path, patterns: list[str]) -> list[Path]:
@@ -96,7 +108,7 @@ def read_folder(folder: Path) -> tuple[VWLmmConfig | None, str | None]:
         raise FileNotFoundError(f"{folder} is no folder, expected one that `vwlmm train` or `vwlmm convert` wrote")
     config = base_model = None
     if (folder / ADAPTER_CONFIG_NAME).is_file():
-        base_model = _read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+        base_model = _read_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
         if not base_model:
             raise ValueError(f"{folder / ADAPTER_CONFIG_NAME} names no base model")
         if not (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
@@ -104,7 +116,7 @@ def read_folder(folder: Path) -> tuple[VWLmmConfig | None, str | None]:
     else:
         if not (folder / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"{folder} has no model, expected {CONFIG_NAME} or {ADAPTER_CONFIG_NAME}")
-        model_type = _read_json(folder / CONFIG_NAME).get("model_type")
+        model_type = _read_object(folder / CONFIG_NAME).get("model_type")
         VWLmmConfig.get_config_dict(folder)  # says how to convert a LLaVA
         if model_type != VWLmmConfig.model_type:
             raise ValueError(f'{folder} has a model of type "{model_type}", expected "{VWLmmConfig.model_type}"')
@@ -117,6 +129,8 @@ def read_folder(folder: Path) -> tuple[VWLmmConfig | None, str | None]:
 
 def stage(folder: Path, into: Path, base_model: str | None = None) -> None:
     """Fill a new folder with what belongs into a repository; weights are links to those of the old one.
+
+    Logs keep their paths, by which the card finds those of earlier stages.
 
     Args:
         base_model (`str`, *optional*): what an adapter is to name as its base model.
@@ -135,16 +149,18 @@ def stage(folder: Path, into: Path, base_model: str | None = None) -> None:
         else:
             write_weights(into, tensors)
         custom_object_save(VWLmmForCausalLM, into)
-    logs = _find(folder, LOGS)
-    for file in [*_find(folder, CONFIGS), *logs]:
+    for file in _find(folder, CONFIGS):
         if file.name in left_out:
             continue
-        content = harmless(_read_json(file), is_log=file in logs)
+        content = without_paths(_read_object(file), is_log=False)
         if file.name == CONFIG_NAME:
             content["auto_map"] = AUTO_MAP
         if file.name == ADAPTER_CONFIG_NAME and base_model is not None:
             content["base_model_name_or_path"] = base_model
-        (into / file.name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_json(into / file.name, content)
+    for file in _find(folder, LOGS):
+        _read_json(file)  # or says that it is none
+        (into / file.name).write_text(without_secrets(file.read_text(encoding="utf-8")), encoding="utf-8")
     for file in _find(folder, VERBATIM):
         (into / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, into / file.relative_to(folder))
@@ -157,8 +173,14 @@ def _link(file: Path, into: Path) -> None:
         os.symlink(file.resolve(), into / file.name)
 
 
-def refuse_tokens(staged: Path, name: str | os.PathLike, token: str | None) -> None:
-    """`ValueError` if a file of a staged folder holds the token, or any other of the Hub."""
+def make_harmless(staged: Path, name: str | os.PathLike, token: str | None) -> None:
+    """Shorten the paths in the logs and the card of a staged folder; `ValueError` if a file holds a token."""
+    for file in _find(staged, LOGS):
+        _write_json(file, without_paths(_read_json(file), is_log=True))
+    card = staged / "README.md"
+    home = re.escape(os.path.expanduser("~").rstrip("/"))
+    text = re.sub(rf"""{home}/[^\s"'`,;:()|]*""", lambda match: _base_name(match[0]), card.read_text(encoding="utf-8"))
+    card.write_text(text, encoding="utf-8")
     for file in sorted(path for path in staged.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
         content = file.read_bytes().decode(errors="replace")
         if _TOKEN.search(content) or (token and token in content):

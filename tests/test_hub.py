@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 from modeling_vwlmm import load_check
 from modeling_vwlmm.cli import main
-from modeling_vwlmm.repository import harmless
+from modeling_vwlmm.repository import make_harmless, without_paths
 
 
 HOST = "anns-desktop"
@@ -124,16 +124,22 @@ def test_the_card(published):
         ("me/model", "me/model"),
         ("https://example.org/a/b", "https://example.org/a/b"),
         ("and/or 1/2 </s>", "and/or 1/2 </s>"),
-        (TOKEN, "hf_***"),
     ],
 )
-def test_harmless(text, expected):
-    assert harmless({"a": [text]}, is_log=True) == {"a": [expected]}
+def test_paths_in_logs(text, expected):
+    assert without_paths({"a": [text]}, is_log=True) == {"a": [expected]}
 
 
 def test_of_a_config_no_more_changes_than_has_to():
     config = {"text_config": {"_name_or_path": "/home/ann/7b"}, "target_modules": r".*\.(q|v)_proj", "x": "/home/ann"}
-    assert harmless(config, is_log=False) == {**config, "text_config": {"_name_or_path": "7b"}}
+    assert without_paths(config, is_log=False) == {**config, "text_config": {"_name_or_path": "7b"}}
+
+
+def test_paths_in_a_card(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text(f"Trained on `{Path.home()}/x/data.json`, see https://example.org{Path.home()}x and /etc/x.")
+    make_harmless(tmp_path, tmp_path, None)
+    assert card.read_text() == f"Trained on `data.json`, see https://example.org{Path.home()}x and /etc/x."
 
 
 STRANGER = """
@@ -253,19 +259,24 @@ def test_with_this_package(published, tmp_path):
 PINNED = """
 import sys
 from transformers import AutoModelForCausalLM
-print(type(AutoModelForCausalLM.from_pretrained("me/merged", trust_remote_code=True, revision=sys.argv[1])).__module__)
+repo, revision, *adapter = sys.argv[1:]
+pinned = {"revision": revision, "adapter_kwargs": {"revision": adapter[0]} if adapter else None}
+print(type(AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, **pinned)).__module__)
 """
 
 
-def test_a_revision_pins_the_code(published, tmp_path):
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_a_revision_pins_the_code(published, tmp_path, kind):
+    """For an adapter, whose code is that of its base model, with `adapter_kwargs` for its own revision."""
     hub, _ = published
-    repo = hub.repos["me/merged"]
+    repo = hub.repos["me/model" if kind == "adapter" else f"me/{kind}"]
+    own = [hub.repos["me/adapter"].refs["main"]] if kind == "adapter" else []
     first = repo.refs["main"]
     code = {"modeling_vwlmm.py": b"raise SystemExit('other code')"}
     repo.commit("other", {**repo.commits[first], **code}, "other code")
     for revision, expected in ((first, 0), ("other", 1)):
         run = subprocess.run(
-            [sys.executable, "-c", PINNED, revision],
+            [sys.executable, "-c", PINNED, f"me/{kind}", revision, *own],
             env=environment(hub, tmp_path / "cache"),
             capture_output=True,
             text=True,

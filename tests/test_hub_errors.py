@@ -100,6 +100,10 @@ FOLDERS = {
         lambda folder: (folder / "chat_template.jinja").write_text(f"{{# {TOKEN} #}}"),
         "chat_template.jinja would hold a token",
     ),
+    "a log is cut off": (
+        lambda folder: (folder / "trainer_state.json").write_text("{"),
+        "trainer_state.json is not JSON",
+    ),
     "a tensor is missing": (drop_tensor, "does not load: ValueError.* missing: model.vm_head.weight"),
     "not finite": (not_finite, "does not load: ValueError: its logits are not finite"),
 }
