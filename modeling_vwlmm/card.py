@@ -70,19 +70,21 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, card_text:
     if not is_adapter and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json or adapter_config.json, expected the folder of a model")
     stages = read_training_run(folder)
-    if is_adapter and not stages:
-        stages = [{"base_model": _read_json(folder / "adapter_config.json").get("base_model_name_or_path")}]
+    bases = [_listed(stage.get("base_model")) for stage in reversed(stages)]
+    if is_adapter:
+        # It may have been trained on a folder that has become this repository
+        bases.insert(0, _listed(_read_json(folder / "adapter_config.json").get("base_model_name_or_path")))
     results = _read_eval_results(folder, stages)
     kept, before, after = _hand_written(folder, card_text)
     model_id = repo_id or folder.resolve().name
-    found = _metadata(stages, results, is_adapter, model_id)
+    found = _metadata(stages, bases, results, is_adapter, model_id)
     # What goes with a key that is renewed is not kept beside it
     for key, others in _TOGETHER.items():
         for other in others if key in found else ():
             kept.pop(other, None)
     data = {**kept, **found, "tags": [*found["tags"], *_listed(kept.get("tags"))]}
 
-    model = _load(folder, stages if is_adapter else None)
+    model = _load_adapter(folder, bases) if is_adapter else VWLmmForCausalLM.from_pretrained(folder).eval()
     (folder / "assets").mkdir(exist_ok=True)
     template = resources.files("modeling_vwlmm.hub_card").joinpath("modelcard_template.md")
     card = ModelCard.from_template(
@@ -113,15 +115,11 @@ def _read_json(path):
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def _load(folder, adapter_stages):
-    """The model of a folder; None for an adapter whose base model is not at hand."""
-    if adapter_stages is None:
-        return VWLmmForCausalLM.from_pretrained(folder).eval()
-    base_model = adapter_stages[-1].get("base_model")
-    if not base_model or not os.path.isdir(base_model):
-        base_model = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+def _load_adapter(folder, bases):
+    """The adapter on its base model; None if that is not at hand."""
+    names = list(itertools.chain(*bases[:2]))
     try:
-        model = VWLmmForCausalLM.from_pretrained(base_model)
+        model = VWLmmForCausalLM.from_pretrained(next(filter(os.path.isdir, names), names[0]))
     except OSError:
         return None
     model.load_adapter(folder)
@@ -203,12 +201,12 @@ def _own_folders(stages):
     return [os.path.normpath(recipe["output_dir"]) for recipe in recipes if recipe.get("output_dir")]
 
 
-def _metadata(stages, results, is_adapter, model_id):
+def _metadata(stages, bases, results, is_adapter, model_id):
     own_folders = _own_folders(stages)
-    bases = [_listed(stage.get("base_model")) for stage in reversed(stages)]
     repos = [[name for name in names if _is_repo(name, own_folders)] for names in bases]
     base_model = next(filter(None, repos), [])  # the nearest that others can find
     is_trained = any(stage.get("stage") != "convert" for stage in stages)
+    relation = "adapter" if is_adapter else "finetune" if is_trained else None
     datasets = [stage["dataset"] for stage in stages if stage.get("dataset")]
     # easy-VQA is a package, not a repository
     datasets = [name.split("/")[0] if name.startswith("easy-vqa/") else name for name in datasets if _is_repo(name)]
@@ -226,7 +224,7 @@ def _metadata(stages, results, is_adapter, model_id):
         **{key: (licenses or [{}])[0].get(key) for key in ("license", "license_name", "license_link")},
         "language": language,
         "base_model": base_model[0] if len(base_model) == 1 else base_model or None,
-        "base_model_relation": ("adapter" if is_adapter else "finetune") if base_model and is_trained else None,
+        "base_model_relation": relation if base_model else None,
         "datasets": list(dict.fromkeys(datasets)) or None,
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "image-text-to-text",

@@ -255,14 +255,21 @@ def test_an_adapter(tmp_path, monkeypatch, model_folder, data):  # noqa: F811
     assert found["library_name"] == "peft" and {"lora", "trl"} < set(found["tags"]) and "base_model" not in found
     assert "  r: 2" in text and "This is an adapter" in text and str(tmp_path) not in text
     assert (tmp_path / "adapter/assets/visual_words.png").is_file()
-    # Of a model that is not at hand
+    # Pushed, it names the repository of that model
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "someone/model"
-    write(tmp_path / "adapter", [{"stage": "joint", "base_model": "someone/model"}])
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter/adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "me/model"})
+    )
     text = str(write_card("adapter", "someone/adapter"))
     found = metadata_of(tmp_path / "adapter")
-    assert found["base_model"] == "someone/model" and found["base_model_relation"] == "adapter"
+    assert (
+        found["base_model"] == "me/model" and found["base_model_relation"] == "adapter" and "## Visual words" in text
+    )
+    # Of a model that is not at hand
+    write(tmp_path / "adapter", [{"stage": "joint", "base_model": "me/model"}])
+    text = str(write_card("adapter", "someone/adapter"))
+    found = metadata_of(tmp_path / "adapter")
+    assert found["base_model"] == "me/model" and found["base_model_relation"] == "adapter"
     assert "## Visual words" not in text
 
 
