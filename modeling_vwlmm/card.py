@@ -119,7 +119,7 @@ def _load_adapter(folder, bases):
     """The adapter on its base model; None if that is not at hand."""
     names = list(itertools.chain(*bases[:2]))
     try:
-        model = VWLmmForCausalLM.from_pretrained(next(filter(os.path.isdir, names), names[0]))
+        model = VWLmmForCausalLM.from_pretrained(next(filter(os.path.isdir, names), names[0] if names else ""))
     except OSError:
         return None
     model.load_adapter(folder)

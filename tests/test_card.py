@@ -266,7 +266,7 @@ def test_an_adapter(tmp_path, monkeypatch, model_folder, data):  # noqa: F811
         found["base_model"] == "me/model" and found["base_model_relation"] == "adapter" and "## Visual words" in text
     )
     # Of a model that is not at hand
-    write(tmp_path / "adapter", [{"stage": "joint", "base_model": "me/model"}])
+    write(tmp_path / "adapter", [{"stage": "joint", "base_model": "other/model"}])
     text = str(write_card("adapter", "someone/adapter"))
     found = metadata_of(tmp_path / "adapter")
     assert found["base_model"] == "me/model" and found["base_model_relation"] == "adapter"
