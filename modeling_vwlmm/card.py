@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 from importlib import resources
@@ -344,8 +345,11 @@ def _draw_losses(folder, stages):
         return None
     from matplotlib.figure import Figure  # takes a second
 
-    figure = Figure(figsize=(3 * len(panels) + 0.5, 3), dpi=150, layout="constrained")
-    for axes, stage in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3 * columns + 0.5, 3 * rows), dpi=150, layout="constrained")
+    for i, stage in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, i)
         # An LLM alone, say, has the one loss
         for name in [name for name in _LOSSES[1:] if any(stage.get(name, []))] or _LOSSES[:1]:
             axes.plot(stage["step"], stage[name], label=name, linewidth=1)
