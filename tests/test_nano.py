@@ -1,18 +1,19 @@
 """hub_card/vwlmm-nano, which comes with the source code, is as it would be pushed and does what its card says."""
 
 import json
-import shutil
+import re
 import sys
 
 import numpy as np
 import pytest
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from test_card import ROOT, metadata_of, strange_figures
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from modeling_vwlmm.card import write_card
 from modeling_vwlmm.data import easy_vqa
-from modeling_vwlmm.repository import AUTO_MAP, check_loads
+from modeling_vwlmm.hub import prepare
 
 
 sys.path.insert(0, str(ROOT / "recipes" / "quickstart"))
@@ -22,14 +23,7 @@ from measure import accuracy, naming_share  # noqa: E402
 
 NANO = ROOT / "hub_card" / "vwlmm-nano"
 CODE = {"configuration_vwlmm.py", "modeling_vwlmm.py", "visual_word_loss.py"}
-FILES = {
-    *("README.md", "config.json", "generation_config.json", "model.safetensors", "processor_config.json"),
-    *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
-    *("training_run.json", "trainer_state.json", "eval_results.json"),
-    *("assets/losses.json", "assets/losses.png", "assets/visual_words.png"),
-    *(f"examples/{i}.png" for i in range(6)),
-    *CODE,
-}
+PICTURES = {"assets/losses.png", "assets/visual_words.png"}
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +37,21 @@ def recorded(name, split="test"):
     return found["metric_value"]
 
 
-def test_is_small_and_whole():
-    files = {path.relative_to(NANO).as_posix(): path for path in NANO.rglob("*") if path.is_file()}
-    assert {name for name in files if "__pycache__" not in name} == FILES
-    assert sum(path.stat().st_size for path in files.values()) <= 8e6
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
 
 
-def test_its_code_is_the_package_s():
-    for name in CODE:
-        assert (NANO / name).read_bytes() == (ROOT / "modeling_vwlmm" / name).read_bytes(), "run: make nano-refresh"
-    assert json.loads((NANO / "config.json").read_text())["auto_map"] == AUTO_MAP
-
-
-def test_loads_without_this_package():
-    check_loads(NANO, NANO)
+def test_is_what_a_push_would_send(tmp_path):
+    """Which loads it without this package too; its code is the package's, and its card that of its records."""
+    prepare(NANO, tmp_path / NANO.name, NANO.name)
+    sent, shipped = files_of(tmp_path / NANO.name), files_of(NANO)
+    shipped = {name: path for name, path in shipped.items() if "__pycache__" not in name}
+    assert sent.keys() == shipped.keys() and CODE < sent.keys()
+    for name in sent.keys() - PICTURES:
+        assert sent[name].read_bytes() == shipped[name].read_bytes(), f"{name} is not up to date: make nano-refresh"
+    assert sum(path.stat().st_size for path in shipped.values()) <= 8e6
+    words = [np.asarray(Image.open(files["assets/visual_words.png"]), float) for files in (sent, shipped)]
+    assert words[0].shape == words[1].shape and abs(words[0] - words[1]).mean() < 1  # fonts differ a little
 
 
 def test_answers_questions(nano):
@@ -74,19 +69,14 @@ def test_its_visual_words_name_what_is_there(nano):
     )
 
 
-def test_its_card_is_that_of_its_records(tmp_path):
-    copy = shutil.copytree(NANO, tmp_path / NANO.name)
-    (copy / "assets" / "visual_words.png").unlink()
-    write_card(copy)
-    assert (copy / "README.md").read_text() == (NANO / "README.md").read_text(), "run: make nano-refresh"
-    drawn, shipped = (np.asarray(Image.open(folder / "assets/visual_words.png"), float) for folder in (copy, NANO))
-    assert drawn.shape == shipped.shape and abs(drawn - shipped).mean() < 1  # fonts differ a little
+def test_its_card(monkeypatch, capsys):
     assert strange_figures(NANO) == set()
     found = metadata_of(NANO)
     assert found["license"] == "apache-2.0" and found["language"] == "en" and found["datasets"] == ["easy-vqa"]
-    accuracy_of = {
-        metric["name"]: metric["value"]
-        for result in found["model-index"][0]["results"]
-        for metric in result["metrics"]
-    }
-    assert accuracy_of["right answers, pseudo image features"] == recorded("right answers, pseudo image features")
+    name, results = model_index_to_eval_results(found["model-index"])
+    assert name == NANO.name
+    assert results == [EvalResult(**result) for result in json.loads((NANO / "eval_results.json").read_text())]
+    (example,) = re.findall(r"```python\n(.*?)```", (NANO / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(NANO)
+    exec(example.replace(f'"{NANO.name}"', '"."'), {})
+    assert capsys.readouterr().out.strip() == "red"
