@@ -38,9 +38,9 @@ class HubMixin:
         config = self.model.config
         if is_peft_model(self.model):
             config, trained_on = None, self.model.active_peft_config.base_model_name_or_path
-            if base_model is None and Path(trained_on).is_dir():
+            if base_model is None and (not trained_on or Path(trained_on).is_dir()):
                 raise ValueError(
-                    f"the adapter of a model in the folder {trained_on} cannot be loaded by others: push that first, "
+                    f"the adapter of a model in {trained_on or 'memory'} cannot be loaded by others: push that first, "
                     "and train from its repository, or push the adapter afterwards with base_model"
                 )
             base_model = base_model or trained_on

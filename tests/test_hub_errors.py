@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -317,7 +318,16 @@ def test_a_dry_run_sends_nothing(model, hub, capsys):
     assert not hub.requests
 
 
-def test_training_pushes_checkpoints_and_the_model(tmp_path, hub, checked):
+def test_training_pushes_checkpoints_and_the_model(tmp_path, hub, checked, monkeypatch):
+    """The first of them when it has been deleted."""
+
+    def push_late(folder, *arguments, **switches):
+        deadline = time.monotonic() + 60
+        while Path(folder).name == "checkpoint-1" and (tmp_path / "out" / "checkpoint-1").exists():
+            assert time.monotonic() < deadline
+        return push(folder, *arguments, **switches)
+
+    monkeypatch.setattr(hub_mixin, "push", push_late)
     trainer = train_model(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=1, hub_always_push=True)
     trainer.train()
     trainer.save_model()
