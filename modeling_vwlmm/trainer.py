@@ -12,7 +12,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import AutoProcessor, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path
+from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path, maybe_gather_lm_head_ctx
 
 from .collator import VWLmmDataCollator
 from .hub_mixin import HubMixin
@@ -121,23 +121,33 @@ def add_visual_word_loss(model):
     """Let `model(..., fused_lm_head=True)`, patched in by TRL, return the visual-word loss too.
 
     TRL's patch runs the backbone and keeps nothing of it but the log-probabilities of the labels. The loss is taken
-    from the same run of the backbone, inside the model's forward, where DDP and FSDP have its weights ready.
+    from the same run of the backbone, inside the model's forward, where DDP and FSDP have its weights ready. TRL's
+    head gets the hidden states of the labels alone, of which image positions, the most by far, have none.
     """
     fused_forward = model.forward
 
     @functools.wraps(fused_forward)
-    def forward(self, *args, fused_lm_head=False, **kwargs):
+    def forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
         if not fused_lm_head or not self.config.visual_word_loss_weight:
-            return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
+            return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         backbone_outputs = []
-        hook = self.model.register_forward_hook(lambda module, inputs, outputs: backbone_outputs.append(outputs))
+        shifted = labels[:, 1:]
+        is_label = shifted != -100
+
+        def keep_labelled(module, inputs, outputs):
+            backbone_outputs.append(outputs)
+            hidden_states = outputs.last_hidden_state[:, :-1][is_label].unsqueeze(0)
+            return type(outputs)(**{**outputs, "last_hidden_state": hidden_states})
+
+        hook = self.model.register_forward_hook(keep_labelled)
         try:
-            outputs = fused_forward(*args, fused_lm_head=True, **kwargs)
+            outputs = fused_forward(*args, fused_lm_head=True, shift_labels=shifted[is_label].unsqueeze(0), **kwargs)
         finally:
             hook.remove()
         if backbone_outputs[0].image_hidden_states is None:
             return outputs
-        vw_loss_sum, vw_positions = self.visual_word_loss(backbone_outputs[0], kwargs.get("attention_mask"))
+        with maybe_gather_lm_head_ctx(self.lm_head.weight, self.model.vm_head.weight):
+            vw_loss_sum, vw_positions = self.visual_word_loss(backbone_outputs[0], kwargs.get("attention_mask"))
         return FusedVWLmmOutput(**outputs, vw_loss_sum=vw_loss_sum, vw_positions=vw_positions)
 
     model.forward = types.MethodType(forward, model)
@@ -210,6 +220,13 @@ class VWLmmSFTTrainer(HubMixin, SFTTrainer):
         if not isinstance(base_model, VWLmmForCausalLM):
             raise TypeError(f"model must be a VWLmmForCausalLM, got a {type(base_model).__name__}")
         kwargs["peft_config"] = self._set_stage(model, base_model, args, kwargs.get("peft_config"))
+        bypasses = args.label_smoothing_factor or kwargs.get("compute_loss_func")
+        if base_model.config.visual_word_loss_weight and bypasses:
+            # TRL then takes the loss from full logits, and what its fused head returns for the log alone
+            raise ValueError(
+                "label_smoothing_factor and compute_loss_func leave the visual-word loss out: give "
+                "visual_word_loss_weight=0 with them"
+            )
 
         if processing_class is None:
             if not base_model.config.name_or_path:

@@ -119,9 +119,9 @@ def _read_bin(path: Path) -> dict[str, StoredTensor]:
     expectation = "expected a whole file that holds tensors by name and nothing else"
     try:
         try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            tensors, is_mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True), True
         except RuntimeError:  # of before torch 1.6, without a zip archive to map
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors, is_mapped = torch.load(path, map_location="cpu", weights_only=True), False
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} cannot be read, {expectation}: {reason}") from error
@@ -130,7 +130,12 @@ def _read_bin(path: Path) -> dict[str, StoredTensor]:
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f'{path} holds a {type(tensor).__name__} under "{name}", {expectation}')
-    return stored(tensors, path.name)
+    found = stored(tensors, path.name)
+    if is_mapped:
+        # Mapped anew each time: what has been read of a mapped file stays in memory
+        for name, tensor in found.items():
+            tensor.read = lambda name=name: torch.load(path, weights_only=True, mmap=True)[name].clone()
+    return found
 
 
 def name_some(names) -> str:

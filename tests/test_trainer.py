@@ -19,10 +19,11 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from modeling_vwlmm import VWLmmForCausalLM
+from modeling_vwlmm import VWLmmForCausalLM, modeling_vwlmm
 from modeling_vwlmm.data import read_chat_template
 from modeling_vwlmm.processing import make_processor
 from modeling_vwlmm.trainer import PARTS, STAGES, VWLmmSFTConfig, VWLmmSFTTrainer
+from modeling_vwlmm.visual_word_loss import visual_word_loss
 
 
 ANSWERS = ["w5 w6", "w7", "w8 w9 w10 w11 w12", "w13 w14 w15"]
@@ -235,13 +236,34 @@ def test_log_lines_and_evaluation_have_both_losses(tmp_path):
     assert evaluations[-1]["eval_lm_loss"] == pytest.approx(outputs.lm_loss.item(), rel=1e-4)
 
 
-def test_full_length_logits_are_not_built(tmp_path):
-    model = tiny_model()
+def test_full_length_logits_are_not_built(tmp_path, monkeypatch):
+    """TRL's head gets the positions before a label, ours the scored image positions."""
+    model, rows = tiny_model(), []
+    apply = trl.trainer.utils._ChunkedLogProbFunction.apply
+    monkeypatch.setattr(
+        trl.trainer.utils._ChunkedLogProbFunction, "apply", lambda *args: rows.append(len(args[0])) or apply(*args)
+    )
+    monkeypatch.setattr(
+        modeling_vwlmm, "visual_word_loss", lambda *args, **kwargs: rows.append(len(args[0])) or loss(*args, **kwargs)
+    )
+    loss = visual_word_loss
+    model.lm_head.register_forward_hook(lambda *args: pytest.fail("the head was called"))
     trainer = trainer_of(tmp_path, model, max_steps=1)
-    rows = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[:-1].numel()))
+    labels = (batch_of(trainer)["labels"][:, 1:] >= 0).sum()
     trainer.train()
-    assert rows == [4 * model.config.image_seq_length]  # the scored image positions of the batch's four images
+    assert rows == [labels, 4 * model.config.image_seq_length]  # of the batch's four images
+
+
+def test_a_frozen_tower_builds_no_graph(tmp_path):
+    """Not even under activation checkpointing, for which TRL has all embeddings ask for gradients."""
+    model = tiny_model()
+    trainer = trainer_of(tmp_path, model, stage="joint", activation_checkpointing=True)
+    graphs = []
+    model.model.vision_tower.register_forward_hook(
+        lambda module, inputs, outputs: graphs.append(outputs.last_hidden_state.requires_grad)
+    )
+    first_gradients(trainer)
+    assert graphs == [False]
 
 
 def test_vm_head_training_runs_the_lmm_without_a_graph(tmp_path):
@@ -340,6 +362,8 @@ def test_arguments_are_checked(tmp_path):
             sft_config(tmp_path, visual_word_loss_weight=weight)
     with pytest.raises(ValueError, match='visual_word_target is "words"'):
         sft_config(tmp_path, visual_word_target="words")
+    with pytest.raises(ValueError, match="label_smoothing_factor and .* leave the visual-word loss out"):
+        trainer_of(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(TypeError, match="VWLmmSFTConfig"):
         VWLmmSFTTrainer(tiny_model(), sft_config(tmp_path, SFTConfig), train_dataset=conversations())
     llava = randomize(LlavaForConditionalGeneration(LlavaConfig(**tiny_config().to_dict() | {"model_type": "llava"})))
