@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     Cache,
@@ -26,9 +25,6 @@ from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_vwlmm import VWLmmConfig, select_image_features
 from .visual_word_loss import scored_positions, visual_word_loss
-
-
-_CHUNK = 512  # image positions whose visual-word loss is computed at once
 
 
 @dataclass
@@ -65,6 +61,18 @@ class VWLmmMultiModalProjector(LlavaMultiModalProjector):
         self.linear_1 = nn.Linear(config.image_feature_shape()[1], hidden_size, bias=bias)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+
+def _linear_map(head, inputs):
+    """Weight and bias of a head. One that has them in another form is asked for them, at the cost of d + 1 rows."""
+    weight = head.weight
+    # Sharded and quantized weights are of other types; that of a layer with an adapter (PEFT) leaves the adapter out
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
+    if is_plain and not hasattr(head, "base_layer"):
+        return weight.to(inputs.device), head.bias
+    bias = head(inputs.new_zeros(1, inputs.shape[-1]))
+    weight = head(torch.eye(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)) - bias
+    return weight.t(), bias[0]
 
 
 # A weight of the adapter of that name, among those of a PEFT model
@@ -124,9 +132,12 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
     def train(self, mode: bool = True):
         super().train(mode)
         # Running statistics of a frozen tower (BatchNorm) must not move
-        if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+        if not self._tower_trains():
             self.vision_tower.eval()
         return self
+
+    def _tower_trains(self):
+        return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
 
     @merge_with_config_defaults
     @can_return_tuple
@@ -139,7 +150,9 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         **kwargs,
     ):
         """The vision tower's output, with the projected features, (images, patches, d), as its `pooler_output`."""
-        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+        # Under activation checkpointing, a frozen tower would build a graph too: its embeddings are told to
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (self._tower_trains() or pixel_values.requires_grad)):
+            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         features = select_image_features(outputs.hidden_states, vision_feature_layer, vision_feature_select_strategy)
         outputs.pooler_output = self.multi_modal_projector(features)
         return outputs
@@ -276,20 +289,20 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
         positions = scored_positions(outputs.image_mask, attention_mask)  # (B, T)
         predicted_from = outputs.last_hidden_state[:, :-1][positions[:, 1:]]  # (N, d)
         image_features = outputs.image_hidden_states.flatten(0, 1)[positions[outputs.image_mask]]  # (N, d)
-        chunks = list(zip(predicted_from.split(_CHUNK), image_features.split(_CHUNK), strict=True))
-        if len(chunks) == 1:
-            return self._visual_word_loss_of(*chunks[0]), positions.sum()
-        # (N, V) several times over is gigabytes: a chunk at a time is computed, and once more in the backward pass
-        loss = sum(checkpoint(self._visual_word_loss_of, *chunk, use_reentrant=False) for chunk in chunks)
-        return loss, positions.sum()
-
-    def _visual_word_loss_of(self, predicted_from, image_features):
-        return visual_word_loss(
-            self.lm_head(predicted_from)[:, : self.config.visual_vocab_size],
-            self.model.vm_head(image_features),
+        image_features = image_features.to(predicted_from.device)  # of a model split across devices
+        lm_head_weight, lm_head_bias = _linear_map(self.lm_head, predicted_from)
+        vm_head_weight, vm_head_bias = _linear_map(self.model.vm_head, image_features)
+        loss = visual_word_loss(
+            predicted_from,
+            lm_head_weight,
+            image_features,
+            vm_head_weight,
+            lm_head_bias=lm_head_bias,
+            vm_head_bias=vm_head_bias,
             target=self.config.visual_word_target,
             detach_visual_words=self.config.detach_visual_words,
         )
+        return loss, positions.sum()
 
     @can_return_tuple
     def forward(
