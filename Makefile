@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: quickstart test quality style
+.PHONY: quickstart nano nano-refresh test quality style
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,12 @@ $(VENV)/installed: setup.py
 
 quickstart: $(VENV)/installed
 	$(BIN)/python recipes/quickstart/run.py
+
+nano: $(VENV)/installed
+	$(BIN)/python recipes/nano/make.py
+
+nano-refresh: $(VENV)/installed
+	$(BIN)/python recipes/nano/make.py --refresh
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q

@@ -12,6 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import AutoProcessor, BitsAndBytesConfig
 
 from .modeling_vwlmm import VWLmmForCausalLM
+from .training_run import read_training_run, write_training_run
 from .weights import new_folder
 
 
@@ -168,6 +169,7 @@ def merge(adapter, destination, dtype="auto"):
     with new_folder(destination) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        write_training_run(folder, read_training_run(adapter))
 
 
 def _fingerprints(model):

@@ -15,8 +15,10 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path, maybe_gather_lm_head_ctx
 
 from .collator import VWLmmDataCollator
+from .hub_mixin import HubMixin
 from .lora import for_language_model, keep_precision, skip_small_parts
 from .modeling_vwlmm import VWLmmForCausalLM
+from .training_run import describe_run, given_fields, read_training_run, write_training_run
 from .visual_word_loss import scored_positions
 
 
@@ -91,6 +93,7 @@ class VWLmmSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        self.given = given_fields(self)  # before defaults are worked out
         super().__post_init__()
         if isinstance(self.trainable, str):
             self.trainable = [self.trainable]
@@ -180,7 +183,7 @@ def number_samples(dataset):
     return dataset.map(lambda example, index: {**example, **added, "sample_index": index}, with_indices=True)
 
 
-class VWLmmSFTTrainer(SFTTrainer):
+class VWLmmSFTTrainer(HubMixin, SFTTrainer):
     """TRL's [`~trl.SFTTrainer`] with the visual-word loss added to its own.
 
     With lambda the model config's `visual_word_loss_weight`, the loss is TRL's plus lambda times the mean of the
@@ -188,7 +191,8 @@ class VWLmmSFTTrainer(SFTTrainer):
     is TRL's, step by step. The log has both, `lm_loss` and `vw_loss` (0 where nothing is scored).
 
     Takes the arguments of [`~trl.SFTTrainer`], `args` a [`VWLmmSFTConfig`] and `model` a [`VWLmmForCausalLM`], or the
-    name of one, or a PEFT model around one.
+    name of one, or a PEFT model around one. `given` is for the record of the run, see [`describe_run`]: the name of
+    the `dataset` and the `recipe`, which is what differs from the defaults of `args` if not given.
     """
 
     _name = "VW-LMM"
@@ -202,12 +206,14 @@ class VWLmmSFTTrainer(SFTTrainer):
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
+        given: dict | None = None,
         **kwargs,
     ):
         args = VWLmmSFTConfig() if args is None else args
         if not isinstance(args, VWLmmSFTConfig):
             raise TypeError(f"args must be a VWLmmSFTConfig, got a {type(args).__name__}")
         args = copy.copy(args)
+        name = model if isinstance(model, str) else model.config.name_or_path
         if isinstance(model, str):
             model = _load(model, args, kwargs.pop("quantization_config", None))
         base_model = model.get_base_model() if is_peft_model(model) else model
@@ -259,6 +265,9 @@ class VWLmmSFTTrainer(SFTTrainer):
             **kwargs,
         )
         self._eval_sums = defaultdict(float)
+        peft_config = self.model.active_peft_config if is_peft_model(model) else kwargs["peft_config"]
+        run = describe_run(name, args, peft_config, **{"recipe": args.given, **(given or {})})
+        self.stages = [*(read_training_run(name) if name else []), run]
         if is_peft_model(self.model):
             keep_precision(self.model, has_autocast=args.bf16 or args.fp16)
         add_visual_word_loss(self.model.get_base_model() if is_peft_model(self.model) else self.model)
@@ -288,6 +297,11 @@ class VWLmmSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "id", "sample_index"})
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_training_run(output_dir or self.args.output_dir, self.stages)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         if self._numbers_samples and not isinstance(eval_dataset, str):

@@ -1,0 +1,111 @@
+"""The record of a run that every folder of a trained model holds: what was trained, from what, how and where."""
+
+import json
+import os
+import platform
+import re
+from dataclasses import fields
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers.utils import cached_file
+
+
+TRAINING_RUN_NAME = "training_run.json"
+_PACKAGES = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "modeling_vwlmm"]
+_LORA = ["r", "lora_alpha", "lora_dropout"]
+# pad_token and eos_token are none
+_SECRET = re.compile(r"^token$|(hub|auth|access|api)_?token$|api_?key$|password|secret|credential", re.IGNORECASE)
+
+
+def read_training_run(folder: str | os.PathLike) -> list[dict]:
+    """The records of the stages that made a model, oldest first; none for a model that was not trained here.
+
+    Args:
+        folder: folder or repository.
+
+    Raises:
+        ValueError: the file is there, but holds something else.
+    """
+    path = cached_file(
+        folder,
+        TRAINING_RUN_NAME,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return []
+    try:
+        stages = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no record of a training run: {error}") from error
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise ValueError(f"{path} is no record of a training run: expected a list of JSON objects, one a stage")
+    return stages
+
+
+def write_training_run(folder: str | os.PathLike, stages: list[dict]) -> None:
+    """Write what [`read_training_run`] reads."""
+    path = Path(folder) / TRAINING_RUN_NAME
+    path.write_text(json.dumps(stages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def given_fields(arguments, names=None) -> dict:
+    """Fields of a dataclass that stand in JSON: those of the given names, or those that differ from their defaults."""
+    given = {}
+    for field in fields(arguments):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        value = getattr(arguments, field.name)
+        if field.init and (value != default if names is None else field.name in names):
+            given[field.name] = value
+    return _plain(given)
+
+
+def describe_run(base_model, args, peft_config=None, dataset=None, recipe=None) -> dict:
+    """The record of one stage.
+
+    Args:
+        base_model (`str`): the name of the model that it starts from, as given.
+        args ([`VWLmmSFTConfig`]): of the trainer.
+        peft_config ([`~peft.PeftConfig`], *optional*): of the adapter, if one is trained.
+        dataset (`str`, *optional*): its name, as given.
+        recipe (`dict`): the fields that were given.
+    """
+    is_gpu = args.device.type == "cuda"
+    return {
+        "stage": args.stage,
+        "base_model": base_model or None,
+        "dataset": dataset,
+        "recipe": _plain(recipe),
+        "peft": None if peft_config is None else {**given_fields(peft_config, _LORA), **given_fields(peft_config)},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "hardware": {
+            "device": torch.cuda.get_device_name() if is_gpu else _cpu_name(),
+            "processes": args.world_size,
+        },
+        "seed": args.seed,
+    }
+
+
+def _plain(value):
+    """The value as JSON has it, without tokens and passwords."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items() if not _SECRET.search(str(key))}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(_plain, value))
+    if isinstance(value, Enum):
+        return value.value
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _cpu_name():
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
