@@ -3,9 +3,9 @@
 import torch
 
 
-# Rows of a tile, which takes two to four times rows * V numbers: so few that memory stays low, enough for matrix
-# products to be fast. A GPU takes more, up to so many logits
-TILE_ROWS = 128
+# Rows of a tile, each of which takes 2 V numbers, and 4 V on a GPU: few enough for memory to stay low, and enough for
+# matrix products to be fast
+CPU_TILE_ROWS = 256
 GPU_TILE_LOGITS = 2**24
 # Rows of a tile that a CPU turns into gradients at once, for them to stay in its cache
 CPU_BLOCK_ROWS = 8
@@ -80,7 +80,7 @@ def _linear_kl(target, predicting, vocab_size):
     count, device = len(target.inputs), target.inputs.device
     dtype = torch.promote_types(target.sum_dtype, predicting.sum_dtype)
     on_cpu = device.type == "cpu"
-    tile_rows = min(count, TILE_ROWS if on_cpu else max(TILE_ROWS, GPU_TILE_LOGITS // vocab_size))
+    tile_rows = min(count, CPU_TILE_ROWS if on_cpu else max(1, GPU_TILE_LOGITS // vocab_size))
     with torch.no_grad():
         tile = torch.empty(2, tile_rows, vocab_size, dtype=dtype, device=device)
         divergences = []
