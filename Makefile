@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: quickstart nano nano-refresh test quality style
+.PHONY: quickstart nano nano-refresh bench test quality style
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ nano: $(VENV)/installed
 
 nano-refresh: $(VENV)/installed
 	$(BIN)/python recipes/nano/make.py --refresh
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/bench.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q

@@ -3,8 +3,8 @@
     python benchmarks/bench.py                          # a small model, on any machine
     python benchmarks/bench.py --preset 1b 7b --lora    # random weights of those shapes, on a GPU
 
-Every variant runs in a process of its own, where its peak memory is measured; they take turns, a step each, and the
-medians of their times are compared.
+Every variant runs in a process of its own, where its peak memory is measured. On a CPU they take turns, a step each.
+Times are medians.
 """
 
 import argparse
@@ -48,7 +48,12 @@ LIMITS = {"cpu": {"loss": 2e8, "steps": 1e8}, "cuda": {"loss": 1e9, "steps": 1e9
 
 
 def take_turns(run, specs, rounds):
-    """Medians of the seconds and the peak bytes of each spec, a dict by name. None for one that cannot run."""
+    """Medians of the seconds and the peak bytes of each spec, a dict by name. None for one that cannot run.
+
+    On a GPU, whose memory cannot hold them all, one spec after another.
+    """
+    if len(specs) > 1 and "cuda" in {spec["device"] for spec in specs.values()}:
+        return {name: take_turns(run, {name: spec}, rounds)[name] for name, spec in specs.items()}
     # Every process is forked off a server that has imported all, and done nothing else
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["variants"])
