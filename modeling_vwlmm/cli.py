@@ -63,6 +63,7 @@ def train(argv):
     from transformers import AutoProcessor
     from trl import TrlParser
 
+    from .checkpoints import is_finished, last_checkpoint, own_checkpoint
     from .lora import LoraArguments
     from .trainer import VWLmmSFTConfig, VWLmmSFTTrainer
     from .training_run import given_fields
@@ -107,10 +108,28 @@ def train(argv):
         quantization_config=lora.quantization_config(torch.bfloat16 if config.bf16 else torch.float32),
         given={"dataset": arguments.dataset, "recipe": recipe},
     )
-    checkpoint = config.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
-    trainer.save_model()
-    trainer.save_state()
+    if config.resume_from_checkpoint is None:
+        checkpoint = own_checkpoint(config.output_dir, trainer.stages)
+        if checkpoint and is_finished(config.output_dir, checkpoint):
+            _say(trainer, f"{config.output_dir} is finished, there is nothing left to do")
+            return
+        if checkpoint:
+            _say(trainer, f"going on from {checkpoint}")
+    else:
+        checkpoint = config.resume_from_checkpoint
+        checkpoint = {"true": True, "false": False}.get(str(checkpoint).lower(), checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+    except KeyboardInterrupt:
+        last = last_checkpoint(config.output_dir)
+        raise KeyboardInterrupt(f", the last checkpoint is {last}" if last else ", there is no checkpoint") from None
+
+
+def _say(trainer, message):
+    if trainer.is_world_process_zero():
+        print(f"vwlmm train: {message}", file=sys.stderr)
 
 
 def _quiet():
@@ -354,3 +373,6 @@ def main(argv=None):
             message = message.strip().splitlines()[-1]
         print(f"vwlmm {argv[0]}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(f"\nvwlmm {argv[0]}: interrupted{stop}", file=sys.stderr)
+        sys.exit(130)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from jinja2 import TemplateError
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
@@ -15,6 +17,9 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from .data import open_images
 from .processing import IMAGE_PARTS
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -25,10 +30,12 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
       token that ends its turn, for any chat template, with or without generation markers.
     - Rows longer than `max_length` lose text at their end, but never part of an image: that is an error.
     - Image placeholders are no labels, and a batch without any label is an error.
-    - Images may still be paths; one that cannot be read is named with its sample.
+    - Images may still be paths; one that cannot be read is named with its sample. With `skip_broken_images` that is a
+      warning, the sample has neither labels nor scored image positions, and `is_skipped` of shape (B,) says so.
     """
 
     assistant_only_loss: bool = True
+    skip_broken_images: bool = False
 
     def __post_init__(self):
         self.image_token_id = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
@@ -61,6 +68,14 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         batch["labels"][batch["input_ids"] == self.image_token_id] = -100
         if self.max_row_length is not None:
             self._truncate(batch, names)
+        if self.skip_broken_images:
+            batch["is_skipped"] = torch.tensor([example["is_skipped"] for example in examples])
+            batch["labels"][batch["is_skipped"]] = -100
+            # A position that nothing precedes is not scored; a row of nothing but padding would be no row
+            batch["attention_mask"][batch["is_skipped"], :-1] = 0
+            batch["attention_mask"][batch["is_skipped"], -1] = 1
+            if batch["is_skipped"].all():
+                return batch
         if not (batch["labels"][:, 1:] != -100).any():
             raise ValueError(f"no token of the batch is a label, nothing can be learnt from: {', '.join(names)}")
         return batch
@@ -69,7 +84,15 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         """The example with its images opened and its conversation rendered."""
         example = dict(example)
         images = [example.pop("image")] if "image" in example else example.get("images") or []
-        example["images"] = open_images({**example, "images": [image for image in images if image is not None]})
+        images = [image for image in images if image is not None]
+        example["is_skipped"] = False
+        try:
+            example["images"] = open_images({**example, "images": images})
+        except ValueError as error:
+            if not self.skip_broken_images:
+                raise
+            logger.warning(f"skipped: {error}")
+            example.update(is_skipped=True, images=[PIL.Image.new("RGB", (32, 32)) for _ in images])
         texts = [example.get(field) for field in ("prompt", "completion", self.dataset_text_field)]
         try:
             if "messages" in example:

@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, Image, List
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoProcessor, ProcessorMixin
+from transformers.modeling_utils import set_zero3_state
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path, maybe_gather_lm_head_ctx
 
+from .checkpoints import WholeCheckpoints
 from .collator import VWLmmDataCollator
+from .configuration_vwlmm import VWLmmConfig
 from .hub_mixin import HubMixin
 from .lora import for_language_model, keep_precision, skip_small_parts
 from .modeling_vwlmm import VWLmmForCausalLM
@@ -62,6 +66,9 @@ class VWLmmSFTConfig(SFTConfig):
         assistant_only_loss (`bool`, *optional*):
             Whether `messages` are scored on what the assistant says alone, with any chat template that renders turns
             one after another. They are, if not given.
+        skip_broken_images (`bool`, *optional*, defaults to `False`):
+            Whether a sample whose image cannot be read is left out with a warning, and counted in the log as
+            `skipped_samples`. It is an error otherwise.
     """
 
     stage: str | None = field(
@@ -90,6 +97,11 @@ class VWLmmSFTConfig(SFTConfig):
         metadata={
             "help": "Compute the text loss only on what the assistant says. So it is for `messages` if not given."
         },
+    )
+
+    skip_broken_images: bool = field(
+        default=False,
+        metadata={"help": "Leave out samples whose image cannot be read, and count them, instead of stopping."},
     )
 
     def __post_init__(self):
@@ -128,6 +140,11 @@ def add_visual_word_loss(model):
 
     @functools.wraps(fused_forward)
     def forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
+        if fused_lm_head and isinstance(self.lm_head, FSDPModule):
+            # TRL reads its weight without calling it, and would leave the other ranks out of its gradient
+            self.lm_head.unshard()
+            # Pseudo image features are made of its weight after it was called
+            self.get_input_embeddings().set_reshard_after_forward(not self.config.pseudo_image_features)
         if not fused_lm_head or not self.config.visual_word_loss_weight:
             return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         backbone_outputs = []
@@ -172,6 +189,11 @@ def number_samples(dataset):
     columns = columns_of(dataset)
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError("the dataset is empty")
+    for column, feature in (dataset.features or {}).items():
+        # datasets' own decoding names no sample in its errors
+        if feature in (Image(), List(Image())):
+            undecoded = Image(decode=False)
+            dataset = dataset.cast_column(column, undecoded if feature == Image() else List(undecoded))
     if not {"messages", "prompt", "image", "images"} & set(columns) or "sample_index" in columns:
         return dataset
     without_images = not {"image", "images"} & set(columns)
@@ -183,7 +205,7 @@ def number_samples(dataset):
     return dataset.map(lambda example, index: {**example, **added, "sample_index": index}, with_indices=True)
 
 
-class VWLmmSFTTrainer(HubMixin, SFTTrainer):
+class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
     """TRL's [`~trl.SFTTrainer`] with the visual-word loss added to its own.
 
     With lambda the model config's `visual_word_loss_weight`, the loss is TRL's plus lambda times the mean of the
@@ -213,12 +235,17 @@ class VWLmmSFTTrainer(HubMixin, SFTTrainer):
         if not isinstance(args, VWLmmSFTConfig):
             raise TypeError(f"args must be a VWLmmSFTConfig, got a {type(args).__name__}")
         args = copy.copy(args)
-        name = model if isinstance(model, str) else model.config.name_or_path
+        name = None
         if isinstance(model, str):
+            name = model
             model = _load(model, args, kwargs.pop("quantization_config", None))
         base_model = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base_model, VWLmmForCausalLM):
             raise TypeError(f"model must be a VWLmmForCausalLM, got a {type(base_model).__name__}")
+        name = name or base_model.config.name_or_path
+        # accelerate's FSDP looks for each of them in the model, but CLIP names parts of its text tower too
+        classes = {type(module).__name__ for module in base_model.modules()}
+        base_model._no_split_modules = set(base_model._no_split_modules) & classes
         kwargs["peft_config"] = self._set_stage(model, base_model, args, kwargs.get("peft_config"))
         bypasses = args.label_smoothing_factor or kwargs.get("compute_loss_func")
         if base_model.config.visual_word_loss_weight and bypasses:
@@ -251,6 +278,7 @@ class VWLmmSFTTrainer(HubMixin, SFTTrainer):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 dataset_text_field=args.dataset_text_field,
                 assistant_only_loss=assistant_only_loss,
+                skip_broken_images=args.skip_broken_images,
             )
             # TRL would look for generation markers
             assistant_only_loss = False
@@ -265,6 +293,7 @@ class VWLmmSFTTrainer(HubMixin, SFTTrainer):
             **kwargs,
         )
         self._eval_sums = defaultdict(float)
+        self._skipped_samples = {"train": 0, "eval": 0}
         peft_config = self.model.active_peft_config if is_peft_model(model) else kwargs["peft_config"]
         run = describe_run(name, args, peft_config, **{"recipe": args.given, **(given or {})})
         self.stages = [*(read_training_run(name) if name else []), run]
@@ -299,6 +328,10 @@ class VWLmmSFTTrainer(HubMixin, SFTTrainer):
         self._signature_columns = list({*self._signature_columns, "id", "sample_index"})
 
     def _save(self, output_dir=None, state_dict=None):
+        if state_dict is not None and not is_peft_model(self.model):
+            # Gathered from shards, tied weights are no longer known to be one
+            tied = self.model.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             write_training_run(output_dir or self.args.output_dir, self.stages)
@@ -332,6 +365,8 @@ class VWLmmSFTTrainer(HubMixin, SFTTrainer):
                 fused_outputs.append(outputs)
             return outputs
 
+        if (is_skipped := inputs.pop("is_skipped", None)) is not None:
+            self._count_skipped(is_skipped)
         loss = super().compute_loss(recording_model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = loss if return_outputs else (loss, None)
         lm_loss = loss.detach()
@@ -358,9 +393,16 @@ class VWLmmSFTTrainer(HubMixin, SFTTrainer):
                 self._eval_sums[name] += self.accelerator.reduce(value.detach(), "sum").item()
         return (loss, outputs) if return_outputs else loss
 
+    def _count_skipped(self, is_skipped):
+        mode = "train" if self.model.training else "eval"
+        self._skipped_samples[mode] += self.accelerator.reduce(is_skipped.sum(), "sum").item()
+        self._metrics[mode]["skipped_samples"] = [self._skipped_samples[mode]]
+
     def _record_step(self, lm_loss, vw_loss, adds_to_step):
         for name, value in (("lm_loss", lm_loss), ("vw_loss", vw_loss)):
             value = self.accelerator.reduce(value, "mean").item()
+            if not math.isfinite(value):
+                self.refuse_to_go_on(f"{name} is {value}")
             if adds_to_step:
                 self._metrics["train"][name][-1] += value
             else:
@@ -383,7 +425,17 @@ def _load(name, args, quantization_config):
         model_init_kwargs["quantization_config"] = skip_small_parts(quantization_config)
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         model_init_kwargs["device_map"] = None
-    return create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
+    if args.deepspeed_plugin is not None:
+        with set_zero3_state():  # whose modules have no weights: what is found here is remembered there
+            VWLmmConfig.from_pretrained(name).image_feature_shape()
+    model = create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
+    if args.deepspeed_plugin is not None:
+        model._weight_conversions = []  # loaded under ZeRO-3, it would be saved with stock LLaVA's names
+    if model._hf_peft_config_loaded:
+        raise ValueError(
+            f"{name} is an adapter: to train what it makes of its base model, vwlmm merge {name} NEW_FOLDER"
+        )
+    return model
 
 
 def train_only(model, parts):

@@ -23,7 +23,7 @@ from modeling_vwlmm.words import _rows, draw_words, seen_image, top_words
 
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
 CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
 
 

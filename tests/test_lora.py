@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from test_cli import ROOT, data, model_folder  # noqa: F401
 from test_trainer import conversations, picture, sft_config, tiny_processor
 from tiny import LLMS, TOWERS, tiny_batch, tiny_model, without_labels
 from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
@@ -260,6 +261,30 @@ def test_merging_what_is_no_adapter(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+def test_an_adapter_is_merged_before_it_is_trained_on(tmp_path):
+    train(tmp_path)
+    with pytest.raises(ValueError, match=f"vwlmm merge {tmp_path}/adapter NEW_FOLDER"):
+        train(tmp_path, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("recipe", ["lora", "qlora"])
+def test_recipes_run_and_merge(tmp_path, model_folder, data, recipe):  # noqa: F811
+    """In bfloat16, on the CPU."""
+    flags = {"model": model_folder, "dataset": data, "image_folder": data.parent / "images"}
+    flags |= {"output_dir": tmp_path / "adapter", "use_cpu": True, "max_steps": 2, "learning_rate": 0.01}
+    flags |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
+    flags = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    main(["train", "--config", str(ROOT / "recipes" / f"{recipe}.yaml"), *flags])
+    logs = json.loads((tmp_path / "adapter" / "trainer_state.json").read_text())["log_history"]
+    assert logs[-1]["step"] == 2
+    main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    merged, before = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "merged", model_folder))
+    changed = {
+        name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, before.state_dict()[name])
+    }
+    assert len(changed) == 14 + 4  # the LLM's linear layers, and the projector
+
+
 def test_what_trains_whole_trains_in_float32(tmp_path):
     trainer = train(tmp_path, bf16=True, model_init_kwargs={"dtype": "bfloat16"})
     dtypes = {p.requires_grad: p.dtype for p in trainer.model.parameters()}
@@ -269,7 +294,6 @@ def test_what_trains_whole_trains_in_float32(tmp_path):
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_qlora(tmp_path, bits):
     """On bitsandbytes' CPU path: all but the LLM stays as it is, and its adapter merges into the unquantized base."""
-    pytest.importorskip("bitsandbytes")
     base = base_folder(tmp_path)
     trainer = VWLmmSFTTrainer(
         str(base),

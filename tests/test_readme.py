@@ -14,6 +14,7 @@ from test_trainer import picture, tiny_processor
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessorPil, CLIPVisionModel
 
+from modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.cli import main
 
 
@@ -96,15 +97,17 @@ def test_conversions_run(local, tmp_path, capsys):
         assert loaded.config.model_type == ("llava" if "--to llava" in command else "vwlmm")
 
 
-def test_commands_run(local, tmp_path, capsys):
-    assert [command.split()[1] for command in COMMANDS] == ["generate", "words", "train", "push"]
+def test_commands_run(local, tmp_path, capsys, model_folder):  # noqa: F811
+    assert [command.split()[1] for command in COMMANDS] == ["generate", "words", "train", "train", "merge", "push"]
     for command in COMMANDS:
         arguments = shlex.split(local(command))[1:]
         if arguments[0] == "train":
             arguments += [*CPU, "--max_steps", "1", "--activation_checkpointing", "false"]
             arguments += ["--dataloader_num_workers", "0", "--per_device_train_batch_size", "2"]
+            arguments += ["--gradient_accumulation_steps", "1", "--model", str(model_folder)]
         with local_hub(tmp_path) as hub:
             main(arguments)
     assert "model.safetensors" in hub.files("me/vw-lmm-easy-vqa")
     assert Path("words.png").stat().st_size > 0
     assert json.loads(Path("out/trainer_state.json").read_text())["global_step"] == 1
+    assert type(AutoModelForCausalLM.from_pretrained("merged")) is VWLmmForCausalLM
