@@ -1,12 +1,14 @@
 """Configuration of VW-LMM models."""
 
+import functools
+import json
 import math
 from dataclasses import fields
 from typing import Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoModel, LlavaConfig
+from transformers import AutoConfig, AutoModel, LlavaConfig
 from transformers.utils import logging
 
 
@@ -149,14 +151,26 @@ class VWLmmConfig(LlavaConfig):
         Read off the tower, run on the meta device, so that it holds for any architecture: CLS tokens, registers,
         strides and pooling included.
         """
-        with torch.device("meta"):
-            tower = AutoModel.from_config(self.vision_config)
-            pixel_values = torch.empty(1, getattr(self.vision_config, "num_channels", 3), *self.image_size)
-            outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=True, return_dict=True)
-        features = select_image_features(
-            outputs.hidden_states, self.vision_feature_layer, self.vision_feature_select_strategy
+        vision_config = {name: value for name, value in self.vision_config.to_dict().items() if name != "dtype"}
+        layers = self.vision_feature_layer
+        return _image_feature_shape(
+            json.dumps(vision_config, sort_keys=True),
+            self.image_size,
+            layers if isinstance(layers, int) else tuple(layers),
+            self.vision_feature_select_strategy,
         )
-        return tuple(features.shape[1:])
+
+
+# Once a tower: DeepSpeed's ZeRO-3 leaves modules that are made while a model is loaded without their weights
+@functools.lru_cache
+def _image_feature_shape(vision_config, image_size, layers, strategy):
+    vision_config = AutoConfig.for_model(**json.loads(vision_config))
+    with torch.device("meta"):
+        tower = AutoModel.from_config(vision_config)
+        pixel_values = torch.empty(1, getattr(vision_config, "num_channels", 3), *image_size)
+        outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=True, return_dict=True)
+    layers = layers if isinstance(layers, int) else list(layers)
+    return tuple(select_image_features(outputs.hidden_states, layers, strategy).shape[1:])
 
 
 __all__ = ["VWLmmConfig"]
