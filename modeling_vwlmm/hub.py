@@ -63,11 +63,6 @@ def one_line(repo_id: str, token: str | None) -> Iterator[None]:
     raise OSError(" ".join(f"{repo_id}: {message}".split())) from cause
 
 
-def _shape(config: VWLmmConfig) -> list:
-    names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "image_size", "patch_size")
-    return [getattr(part, name, None) for part in (config.text_config, config.vision_config) for name in names]
-
-
 def find_repo(
     repo_id: str,
     config: VWLmmConfig | None,
