@@ -30,7 +30,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bench.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ setup(
         "quickstart": ["easy-vqa==1.0"],
         "gguf": ["gguf>=0.19,<1"],
         "qlora": ["bitsandbytes>=0.50,<1"],
-        "test": ["easy-vqa==1.0", "gguf>=0.19,<1", "bitsandbytes>=0.50,<1", "pytest>=9,<10"],
+        "test": ["easy-vqa==1.0", "gguf>=0.19,<1", "bitsandbytes>=0.50,<1", "pytest>=9,<10", "pytest-xdist>=3.8,<4"],
         "quality": ["ruff==0.17.6"],
     },
     entry_points={"console_scripts": ["vwlmm = modeling_vwlmm.cli:main"]},
