@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: quickstart test quality style
+.PHONY: quickstart nano nano-refresh bench test quality style
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -20,8 +20,17 @@ $(VENV)/installed: setup.py
 quickstart: $(VENV)/installed
 	$(BIN)/python recipes/quickstart/run.py
 
+nano: $(VENV)/installed
+	$(BIN)/python recipes/nano/make.py
+
+nano-refresh: $(VENV)/installed
+	$(BIN)/python recipes/nano/make.py --refresh
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/bench.py
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check .

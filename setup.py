@@ -1,4 +1,4 @@
-from setuptools import find_packages, setup
+from setuptools import setup
 
 
 setup(
@@ -9,8 +9,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(include=["modeling_vwlmm"]),
-    package_data={"modeling_vwlmm": ["chat_templates/*.jinja"]},
+    packages=["modeling_vwlmm", "modeling_vwlmm.hub_card"],
+    package_dir={"modeling_vwlmm.hub_card": "hub_card"},
+    package_data={"modeling_vwlmm": ["chat_templates/*.jinja"], "modeling_vwlmm.hub_card": ["*.md"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9,<2.14",
@@ -21,6 +22,8 @@ setup(
         "datasets>=5.2,<6",
         "safetensors>=0.8,<1",
         "huggingface_hub>=2.4,<3",
+        "jinja2>=3.1,<4",
+        "matplotlib>=3.10,<4",
         "numpy>=1.26,<3",
         "pillow>=11,<14",
         "sentencepiece>=0.2,<0.3",
@@ -32,7 +35,7 @@ setup(
         "quickstart": ["easy-vqa==1.0"],
         "gguf": ["gguf>=0.19,<1"],
         "qlora": ["bitsandbytes>=0.50,<1"],
-        "test": ["easy-vqa==1.0", "gguf>=0.19,<1", "bitsandbytes>=0.50,<1", "pytest>=9,<10"],
+        "test": ["easy-vqa==1.0", "gguf>=0.19,<1", "bitsandbytes>=0.50,<1", "pytest>=9,<10", "pytest-xdist>=3.8,<4"],
         "quality": ["ruff==0.17.6"],
     },
     entry_points={"console_scripts": ["vwlmm = modeling_vwlmm.cli:main"]},

@@ -3,8 +3,8 @@
     python benchmarks/bench.py                          # a small model, on any machine
     python benchmarks/bench.py --preset 1b 7b --lora    # random weights of those shapes, on a GPU
 
-Every variant runs in a process of its own, where its peak memory is measured; they take turns, a step each, and the
-medians of their times are compared.
+Every variant runs in a process of its own, where its peak memory is measured. On a CPU they take turns, a step each.
+Times are medians.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import platform
 import statistics
 import tempfile
 import time
+from importlib.metadata import version
 
 
 os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
@@ -47,7 +48,12 @@ LIMITS = {"cpu": {"loss": 2e8, "steps": 1e8}, "cuda": {"loss": 1e9, "steps": 1e9
 
 
 def take_turns(run, specs, rounds):
-    """Medians of the seconds and the peak bytes of each spec, a dict by name. None for one that cannot run."""
+    """Medians of the seconds and the peak bytes of each spec, a dict by name. None for one that cannot run.
+
+    On a GPU, whose memory cannot hold them all, one spec after another.
+    """
+    if len(specs) > 1 and "cuda" in {spec["device"] for spec in specs.values()}:
+        return {name: take_turns(run, {name: spec}, rounds)[name] for name, spec in specs.items()}
     # Every process is forked off a server that has imported all, and done nothing else
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["variants"])
@@ -74,128 +80,95 @@ def take_turns(run, specs, rounds):
     return {name: medians.get(name) for name in specs}
 
 
-def cell(value, scale=1.0, digits=2):
-    return "-" if value is None else f"{value * scale:.{digits}f}"
-
-
 def ratio(a, b):
     return None if a is None or b is None else a / b
 
 
-def table(title, header, rows):
-    rows = [header, *rows]
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(header))]
-    print(f"\n**{title}**\n")
-    for i, row in enumerate(rows):
-        cells = [
-            str(c).ljust(w) if k == 0 else str(c).rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("| " + " | ".join(cells) + " |")
-        if i == 0:
-            print("|" + "|".join("-" * (w + 1) + (" " if k == 0 else ":") for k, w in enumerate(widths)) + "|")
-    print(flush=True)
+def minus(a, b):
+    return None if a is None or b is None else a - b
 
 
-def bench_loss(d, device, vocab_sizes, batch_sizes, rounds):
-    rows = []
-    for target in ("visual_words", "language_model"):
-        for vocab_size in vocab_sizes:
-            for batch_size in batch_sizes:
-                n = batch_size * PATCHES
-                if n * vocab_size > LIMITS[device]["loss"]:
-                    continue
-                specs = {
-                    name: {"loss": name, "target": target, "n": n, "d": d, "vocab_size": vocab_size, "device": device}
-                    for name in LOSSES
-                }
-                found = take_turns(loss_alone, specs, rounds)
-                seconds = {name: found[name] and found[name][0] for name in found}
-                memory = {name: found[name] and found[name][1] for name in found}
-                kind = "joint" if target == "visual_words" else "VM head"
-                rows.append(
-                    [
-                        f"{kind}, V {vocab_size}, {batch_size} x {PATCHES}",
-                        *(cell(seconds.get(name), 1e3, 0) for name in LOSSES),
-                        cell(ratio(seconds["ours"], seconds.get("naive"))),
-                        cell(ratio(seconds["ours"], seconds["bare"])),
-                        *(cell(memory.get(name), 1e-6, 0) for name in LOSSES if name != "bare"),
-                        cell(ratio(memory["ours"], memory.get("naive")), digits=3),
-                    ]
-                )
-    header = [
-        "the loss alone",
-        *(f"{name}, ms" for name in LOSSES),
-        "ours / naive",
-        "ours / bare",
-        *(f"{name}, MB" for name in LOSSES if name != "bare"),
-        "ours / naive, memory",
-    ]
-    table(f"Forward and backward of the loss alone, d {d}; MB added, parameters' gradients apart", header, rows)
+class Table:
+    """Figures by name and shape, printed as Markdown."""
+
+    def __init__(self):
+        self.rows, self.shapes = {}, {}
+
+    def put(self, name, shape, value, scale=1.0, digits=2):
+        self.shapes[shape] = None
+        self.rows.setdefault(name, {})[shape] = "-" if value is None else f"{value * scale:.{digits}f}"
+
+    def show(self, title):
+        rows = [[name, *(found.get(shape, "") for shape in self.shapes)] for name, found in self.rows.items()]
+        rows.insert(0, [title, *self.shapes])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for i, row in enumerate(rows):
+            cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+            print("| " + " | ".join(cells) + " |")
+            if i == 0:
+                print("|" + "-" * (widths[0] + 2) + "|" + "".join("-" * (w + 1) + ":|" for w in widths[1:]))
+        print(flush=True)
 
 
-def bench_steps(preset, device, vocab_sizes, batch_sizes, lora, rounds):
-    rows = []
-    for vocab_size in vocab_sizes:
-        for batch_size in batch_sizes:
-            n, d = batch_size * PATCHES, MODELS[preset]["llm"]["hidden_size"]
-            spec = {
-                **MODELS[preset],
-                "vocab_size": vocab_size,
-                "batch_size": batch_size,
-                "device": device,
-                "lora": lora,
-            }
-            if n * vocab_size > LIMITS[device]["steps"]:
-                continue
-            found = take_turns(training_step, {name: {**spec, "step": name} for name in STEPS}, rounds)
-            product = {
-                "loss": "bare",
-                "n": n,
-                "d": d,
-                "vocab_size": vocab_size,
-                "device": device,
-                "frozen_heads": lora,
-            }
-            products = take_turns(
-                loss_alone,
-                {target: {**product, "target": target} for target in ("visual_words", "language_model")},
-                rounds,
-            )
-            seconds = {name: found[name] and found[name][0] for name in found}
-            joint, vm_head = (products[target][0] for target in ("visual_words", "language_model"))
-            trl, ours = seconds["a: TRL"], seconds["b: joint"]
-            head, forward = seconds["c: VM head"], seconds["forward"]
-            rows.append(
-                [
-                    f"V {vocab_size}, batch {batch_size}",
-                    *(cell(seconds.get(name), 1e3, 0) for name in STEPS),
-                    f"{cell(joint, 1e3, 0)}, {cell(vm_head, 1e3, 0)}",
-                    cell((ours - trl) / joint),
-                    cell(ours / trl),
-                    cell(head / trl),
-                    cell(head / (forward + vm_head)),
-                    *(cell(found[name][1] if found.get(name) else None, 1e-9) for name in STEPS if name != "forward"),
-                ]
-            )
-    header = [
-        "training step",
-        *(f"{name}, ms" for name in STEPS),
-        "bare products, ms",
-        "(b - a) / bare",
-        "b / a",
-        "c / a",
-        "c / (forward + bare)",
-        *(f"{name}, GB" for name in STEPS if name != "forward"),
-    ]
-    table(f"Whole training steps of TRL's trainer and ours, {preset}{', LoRA' if lora else ''}", header, rows)
+def seconds_of(found):
+    return {name: result and result[0] for name, result in found.items()}
 
 
-def bench_generation(preset, device, rounds):
-    spec = {**MODELS[preset], "vocab_size": 32_000, "batch_size": 1, "device": device}
-    found = take_turns(generation, {name: {**spec, "model": name} for name in GENERATIONS}, rounds)
-    llava, ours = (NEW_TOKENS / found[name][0] for name in GENERATIONS)
-    row = ["tokens a second", cell(llava, digits=1), cell(ours, digits=1), cell(ours / llava, digits=3)]
-    table(f"Generation, {preset}", ["", "LLaVA", "ours", "ours / LLaVA"], [row])
+def bytes_of(found):
+    return {name: result and result[1] for name, result in found.items()}
+
+
+def bench_loss(table, sizes, device, rounds):
+    shape = f"V {sizes['vocab_size']}, {sizes['n'] // PATCHES} x {PATCHES}"
+    for target, title in (("visual_words", "loss alone, joint"), ("language_model", "loss alone, VM head")):
+        spec = {**sizes, "target": target, "device": device}
+        found = take_turns(loss_alone, {name: {**spec, "loss": name} for name in LOSSES}, rounds)
+        seconds, memory = seconds_of(found), bytes_of(found)
+        for name in LOSSES:
+            table.put(f"{title}: {name}, ms", shape, seconds[name], 1e3, 0)
+        table.put(f"{title}: ours / naive", shape, ratio(seconds["ours"], seconds["naive"]))
+        table.put(f"{title}: ours / bare", shape, ratio(seconds["ours"], seconds["bare"]))
+        table.put(f"{title}: ours / liger", shape, ratio(seconds["ours"], seconds["liger"]))
+        for name in ("ours", "naive", "liger"):
+            table.put(f"{title}: {name} adds, MB", shape, memory[name], 1e-6, 0)
+        table.put(f"{title}: ours / naive, memory", shape, ratio(memory["ours"], memory["naive"]), digits=3)
+        table.put(f"{title}: ours / liger, memory", shape, ratio(memory["ours"], memory["liger"]), digits=3)
+
+
+def bench_step(table, model, sizes, device, lora, rounds):
+    batch_size = sizes["n"] // PATCHES
+    shape = f"V {sizes['vocab_size']}, {batch_size} x {PATCHES}"
+    spec = {**model, "vocab_size": sizes["vocab_size"], "batch_size": batch_size, "device": device, "lora": lora}
+    found = take_turns(training_step, {name: {**spec, "step": name} for name in STEPS}, rounds)
+    product = {**sizes, "loss": "bare", "device": device, "frozen_heads": lora}
+    targets = ("visual_words", "language_model")
+    products = take_turns(loss_alone, {target: {**product, "target": target} for target in targets}, rounds)
+    joint, vm_head = (products[target] and products[target][0] for target in targets)
+    seconds = seconds_of(found)
+    for name in STEPS:
+        table.put(f"step: {name}, ms", shape, seconds[name], 1e3, 0)
+    table.put("step: bare products of b, ms", shape, joint, 1e3, 0)
+    table.put("step: bare products of c, ms", shape, vm_head, 1e3, 0)
+    trl, text, ours, head, naive, forward = (seconds[name] for name in STEPS)
+    table.put("step: (b - a) / bare", shape, ratio(minus(ours, trl), joint))
+    table.put("step: (b - text alone) / bare", shape, ratio(minus(ours, text), joint))
+    table.put("step: b / a", shape, ratio(ours, trl))
+    table.put("step: b / d", shape, ratio(ours, naive))
+    table.put("step: c / a", shape, ratio(head, trl))
+    table.put("step: c / (forward + bare)", shape, head and forward and vm_head and head / (forward + vm_head))
+    memory = bytes_of(found)
+    for name in STEPS[:-1]:
+        table.put(f"step: {name}, peak GB", shape, memory[name], 1e-9)
+    table.put("step: b / a, peak", shape, ratio(memory["b: joint"], memory["a: TRL"]), digits=3)
+
+
+def bench_generation(table, model, vocab_size, device, rounds):
+    spec = {**model, "vocab_size": vocab_size, "batch_size": 1, "device": device}
+    found = seconds_of(take_turns(generation, {name: {**spec, "model": name} for name in GENERATIONS}, rounds))
+    shape = f"V {vocab_size}, 1 x {PATCHES}"
+    for name in GENERATIONS:
+        table.put(f"generation: {name}, tokens a second", shape, ratio(NEW_TOKENS, found[name]), digits=1)
+    table.put("generation: ours / LLaVA", shape, ratio(found["LLaVA"], found["ours"]), digits=3)
 
 
 def main():
@@ -211,21 +184,23 @@ def main():
     only = arguments.only or ["loss", "steps", "generation"]
     started = time.perf_counter()
     where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    import transformers
-    import trl
-
-    print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, "
-          f"{'bfloat16' if device == 'cuda' else 'float32'}")  # fmt: skip
-    sizes = arguments.vocab_size, arguments.batch_size
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+    print(f"{where}, {'bfloat16' if device == 'cuda' else 'float32'}, {packages}\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         for preset in arguments.preset:
-            if "loss" in only:
-                bench_loss(MODELS[preset]["llm"]["hidden_size"], device, *sizes, arguments.rounds)
-            if "steps" in only:
-                bench_steps(preset, device, *sizes, arguments.lora, arguments.rounds)
-            if "generation" in only:
-                bench_generation(preset, device, 3 * arguments.rounds)
+            table, model = Table(), MODELS[preset]
+            for vocab_size in arguments.vocab_size:
+                for batch_size in arguments.batch_size:
+                    n = batch_size * PATCHES
+                    sizes = {"n": n, "d": model["llm"]["hidden_size"], "vocab_size": vocab_size}
+                    if "loss" in only and n * vocab_size <= LIMITS[device]["loss"]:
+                        bench_loss(table, sizes, device, arguments.rounds)
+                    if "steps" in only and n * vocab_size <= LIMITS[device]["steps"]:
+                        bench_step(table, model, sizes, device, arguments.lora, arguments.rounds)
+                if "generation" in only:
+                    bench_generation(table, model, vocab_size, device, 5 * arguments.rounds)
+            table.show(f"{preset}, d {model['llm']['hidden_size']}{', LoRA' if arguments.lora else ''}")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
 
 

@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import gc
 import importlib.util
-import os
+import sys
 import time
 import types
 import warnings
@@ -34,7 +34,9 @@ from modeling_vwlmm.visual_word_loss import scored_positions, visual_word_loss
 
 
 LOSSES = ("ours", "naive", "bare", "liger")
-STEPS = ("a: TRL", "b: joint", "c: VM head", "d: naive", "forward")
+# "text alone" is b without its loss. TRL's own trainer differs from it in that, on a CPU, it builds the logits of all
+# positions and not only those of the labels
+STEPS = ("a: TRL", "text alone", "b: joint", "c: VM head", "d: naive", "forward")
 GENERATIONS = ("LLaVA", "ours")
 QUESTION, ANSWER, NEW_TOKENS = 24, 32, 32
 WORDS = 1000
@@ -215,6 +217,10 @@ def naive_visual_word_loss(self, outputs, attention_mask=None):
     ), positions.sum()
 
 
+def no_visual_word_loss(self, outputs, attention_mask=None):
+    return 0 * outputs.last_hidden_state.sum(), torch.ones((), device=outputs.last_hidden_state.device)
+
+
 class Turns(TrainerCallback):
     """A step when it is told to, the first one at once: it makes the optimizer's state."""
 
@@ -226,7 +232,7 @@ class Turns(TrainerCallback):
             self.pipe.send("ready")
         if state.global_step > 0:
             if self.pipe.recv() != "go":
-                os._exit(0)
+                sys.exit()
             self.meter.start()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -235,13 +241,13 @@ class Turns(TrainerCallback):
 
 
 def make_trainer(pipe, spec, meter):
-    is_ours = not spec["step"].startswith("a")
+    is_ours = spec["step"] != "a: TRL"
     model = build(spec, is_ours)
     arguments = dict(output_dir="out", per_device_train_batch_size=spec["batch_size"], max_steps=10_000,
                      max_length=None, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
                      use_cpu=spec["device"] == "cpu", bf16=spec["device"] == "cuda")  # fmt: skip
     peft_config = None
-    if spec["lora"] and not spec["step"].startswith("c"):
+    if spec["lora"] and not spec["step"] == "c: VM head":
         layers = r"model\.language_model\..*_proj"
         peft_config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -251,9 +257,10 @@ def make_trainer(pipe, spec, meter):
             modules_to_save=["multi_modal_projector"],
         )
     if is_ours:
-        args = VWLmmSFTConfig(**arguments, stage="visual_words" if spec["step"].startswith("c") else "joint")
-        if spec["step"].startswith("d"):
-            model.visual_word_loss = types.MethodType(naive_visual_word_loss, model)
+        args = VWLmmSFTConfig(**arguments, stage="visual_words" if spec["step"] == "c: VM head" else "joint")
+        replaced = {"d: naive": naive_visual_word_loss, "text alone": no_visual_word_loss}
+        if spec["step"] in replaced:
+            model.visual_word_loss = types.MethodType(replaced[spec["step"]], model)
     else:
         args = SFTConfig(**arguments)
         if peft_config is None:

@@ -33,6 +33,7 @@ from .data import read_chat_template
 from .modeling_vwlmm import VWLmmForCausalLM, VWLmmMultiModalProjector
 from .processing import IMAGE_TOKEN, make_processor
 from .published import find_variant, published_name, published_tokenizer, read_text_config
+from .training_run import write_training_run
 from .weights import StoredTensor, check_weights, new_folder, read_weights, stored, write_weights
 
 
@@ -50,7 +51,7 @@ class Checkpoint:
     processor: LlavaProcessor | None
     generation_config: GenerationConfig
 
-    def save(self, destination, dtype):
+    def save(self, destination, dtype, made_of=None):
         with new_folder(destination) as folder:
             write_weights(folder, self.tensors, dtype)
             dtypes = {tensor.meta.dtype for name, tensor in self.tensors.items() if "language_model" in name}
@@ -59,6 +60,9 @@ class Checkpoint:
             if self.processor is not None:
                 self.processor.save_pretrained(folder)
             self.config.save_pretrained(folder)
+            if made_of is not None:
+                recipe = {"output_dir": os.fspath(destination)}
+                write_training_run(folder, [{"stage": "convert", "base_model": made_of, "recipe": recipe}])
 
 
 def convert(source, destination, vision_tower=None, variant=None, vm_head="random", seed=0, dtype=None):
@@ -97,7 +101,7 @@ def convert(source, destination, vision_tower=None, variant=None, vm_head="rando
             f'{folder / "config.json"}: found a model of type "{raw.get("model_type")}", expected a published VW-LMM '
             "or LLaVA-1.5 checkpoint (with mm_vision_tower) or transformers' LLaVA"
         )
-    checkpoint.save(destination, dtype)
+    checkpoint.save(destination, dtype, [os.fspath(name) for name in (source, vision_tower) if name])
 
 
 def convert_to_llava(source, destination, dtype=None):
@@ -177,7 +181,8 @@ def combine(language_model, vision_tower, destination, vm_head="random", seed=0,
     _add_new_parts(tensors, config, vm_head, seed)
     tensors = _checked(tensors, VWLmmForCausalLM, config, language_model)
     processor = make_processor(config, tokenizer, pixels["image_mean"], pixels["image_std"])
-    Checkpoint(config, tensors, processor, llm.generation_config).save(destination, dtype)
+    made_of = [os.fspath(language_model), os.fspath(vision_tower)]
+    Checkpoint(config, tensors, processor, llm.generation_config).save(destination, dtype, made_of)
 
 
 def _open_checkpoint(source):

@@ -19,6 +19,7 @@ from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path, maybe
 from .checkpoints import WholeCheckpoints
 from .collator import VWLmmDataCollator
 from .configuration_vwlmm import VWLmmConfig
+from .hub_mixin import HubMixin
 from .lora import for_language_model, keep_precision, skip_small_parts
 from .modeling_vwlmm import VWLmmForCausalLM
 from .training_run import describe_run, given_fields, read_training_run, write_training_run
@@ -204,7 +205,7 @@ def number_samples(dataset):
     return dataset.map(lambda example, index: {**example, **added, "sample_index": index}, with_indices=True)
 
 
-class VWLmmSFTTrainer(WholeCheckpoints, SFTTrainer):
+class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
     """TRL's [`~trl.SFTTrainer`] with the visual-word loss added to its own.
 
     With lambda the model config's `visual_word_loss_weight`, the loss is TRL's plus lambda times the mean of the

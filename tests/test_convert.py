@@ -47,6 +47,7 @@ from modeling_vwlmm import weights
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.published import published_name
 from modeling_vwlmm.trainer import VWLmmSFTTrainer
+from modeling_vwlmm.training_run import read_training_run
 
 
 def convert(*arguments):
@@ -329,6 +330,18 @@ def test_shards(tmp_path, monkeypatch):
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 3
     one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
     assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_what_a_model_was_made_of_is_recorded(tmp_path, llm_folder):
+    write_published(tmp_path / "source")
+    main(["convert", str(tmp_path / "source"), str(tmp_path / "published")])
+    llm, tower = str(llm_folder()), str(tmp_path / "tower")
+    CLIPVisionModel(tower_config()).save_pretrained(tower)
+    CLIPImageProcessorPil().save_pretrained(tower)
+    main(["convert", "--language-model", llm, "--vision-tower", tower, str(tmp_path / "combined")])
+    for name, made_of in (("published", [str(tmp_path / "source")]), ("combined", [llm, tower])):
+        recipe = {"output_dir": str(tmp_path / name)}
+        assert read_training_run(tmp_path / name) == [{"stage": "convert", "base_model": made_of, "recipe": recipe}]
 
 
 def test_a_converted_model_trains(published, tmp_path):

@@ -300,7 +300,7 @@ def test_images_outside_of_the_folder_or_missing(load, tmp_path, images, name, p
     name = name.format(absolute=images / "a.png")
     with pytest.raises(ValueError) as error:
         load([{"conversations": TALK}, {"image": name, "conversations": turns("<image>", "Hi")}])
-    message, found = str(error.value), repr(name) if len(name) < 100 else repr(name)[:77] + "..."
+    message, found = str(error.value), repr(name) if len(repr(name)) <= 80 else repr(name)[:77] + "..."
     assert message.startswith(f"{tmp_path / 'data.json'}: sample 1: image: found {found}, {problem}, expected "), (
         message
     )

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hub_server import local_hub
 from published import write_published
 from test_cli import CPU, data, model_folder  # noqa: F401
 from test_convert import write_llava
@@ -55,8 +56,16 @@ def local(tmp_path, monkeypatch, model_folder, data):  # noqa: F811
     return replace
 
 
+def test_the_first_example_needs_nothing_but_the_checkout(monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert len([line for line in PYTHON[0].splitlines() if line]) == 5
+    exec(PYTHON[0], {})
+    (said,) = re.findall("# (.+)", PYTHON[0])
+    assert capsys.readouterr().out.strip() == said == "red"
+
+
 def test_python_examples_run(local, capsys):
-    use, ask, train = PYTHON
+    _, use, ask, train = PYTHON
     variables = {}
     exec(local(use + ask), variables)
     patches = variables["model"].config.image_seq_length
@@ -88,15 +97,17 @@ def test_conversions_run(local, tmp_path, capsys):
         assert loaded.config.model_type == ("llava" if "--to llava" in command else "vwlmm")
 
 
-def test_commands_run(local, capsys, model_folder):  # noqa: F811
-    assert [command.split()[1] for command in COMMANDS] == ["generate", "words", "train", "train", "merge"]
+def test_commands_run(local, tmp_path, capsys, model_folder):  # noqa: F811
+    assert [command.split()[1] for command in COMMANDS] == ["generate", "words", "train", "train", "merge", "push"]
     for command in COMMANDS:
         arguments = shlex.split(local(command))[1:]
         if arguments[0] == "train":
             arguments += [*CPU, "--max_steps", "1", "--activation_checkpointing", "false"]
             arguments += ["--dataloader_num_workers", "0", "--per_device_train_batch_size", "2"]
             arguments += ["--gradient_accumulation_steps", "1", "--model", str(model_folder)]
-        main(arguments)
+        with local_hub(tmp_path) as hub:
+            main(arguments)
+    assert "model.safetensors" in hub.files("me/vw-lmm-easy-vqa")
     assert Path("words.png").stat().st_size > 0
     assert json.loads(Path("out/trainer_state.json").read_text())["global_step"] == 1
     assert type(AutoModelForCausalLM.from_pretrained("merged")) is VWLmmForCausalLM

@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from modeling_vwlmm import VWLmmConfig, VWLmmForCausalLM
 from modeling_vwlmm.data import easy_vqa
 from modeling_vwlmm.processing import make_processor
+from modeling_vwlmm.training_run import write_training_run
 
 
 SIDE = 4  # patches a side that an image becomes
@@ -124,26 +125,30 @@ def train_llm(tokenizer, arguments):
         )
     )
     batch_size = 32
-    SFTTrainer(
+    recipe = {
+        "max_steps": arguments.max_steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 20,
+        "activation_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "logging_steps": 50,
+    }
+    trainer = SFTTrainer(
         llm,
         SFTConfig(
-            output_dir=arguments.output_dir,
-            max_steps=arguments.max_steps,
-            per_device_train_batch_size=batch_size,
-            learning_rate=2e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=20,
-            activation_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            logging_steps=100,
-            save_strategy="no",
-            report_to="none",
-            seed=arguments.seed,
+            output_dir=arguments.output_dir, save_strategy="no", report_to="none", seed=arguments.seed, **recipe
         ),
         train_dataset=Documents(tokenizer, arguments.seed).dataset(batch_size * arguments.max_steps),
         processing_class=tokenizer,
-    ).train()
+    )
+    trainer.train()
+    trainer.save_state()
+    # The record that the stages continue
+    read = {"stage": "read_text", "dataset": "easy-vqa/conversation", "seed": arguments.seed}
+    write_training_run(arguments.output_dir, [{**read, "recipe": {**recipe, "trainable": ["language_model"]}}])
     return llm
 
 

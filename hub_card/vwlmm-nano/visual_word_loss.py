@@ -1,0 +1,181 @@
+"""The visual-word loss of VW-LMM (arXiv 2403.07720), whose distributions only ever exist in tiles."""
+
+import torch
+
+
+# Rows of a tile, each of which takes 2 V numbers, and 4 V on a GPU: few enough for memory to stay low, and enough for
+# matrix products to be fast
+CPU_TILE_ROWS = 256
+GPU_TILE_LOGITS = 2**24
+# Rows of a tile that a CPU turns into gradients at once, for them to stay in its cache
+CPU_BLOCK_ROWS = 8
+
+
+def scored_positions(image_mask, attention_mask=None):
+    """The image positions t that the visual-word loss scores: those that something precedes.
+
+    Args:
+        image_mask (`torch.BoolTensor` of shape (B, T)): where a patch stands.
+        attention_mask (`torch.Tensor` of shape (B, T), *optional*): 0 at padding, on either side.
+
+    Returns:
+        `torch.BoolTensor` of shape (B, T). Position t is predicted from position t - 1.
+    """
+    preceded = torch.ones_like(image_mask) if attention_mask is None else attention_mask.bool().clone()
+    preceded = preceded.roll(1, dims=1)
+    preceded[:, 0] = False
+    return image_mask & preceded
+
+
+def visual_word_loss(
+    hidden_states,
+    lm_head_weight,
+    image_features,
+    vm_head_weight,
+    lm_head_bias=None,
+    vm_head_bias=None,
+    target="visual_words",
+    detach_visual_words=False,
+):
+    """Sum over image positions t of the divergence between the visual word w_t and the LLM's prediction p_{t-1}.
+
+    With p_{t-1} = softmax(W_lm h_{t-1}), of the first V rows of W_lm, and w_t = softmax(W_vm f_t),
+
+    - `"visual_words"`, joint training: KL(w_t || p_{t-1}); the visual words are the target, and their gradient too is
+      kept unless `detach_visual_words`;
+    - `"language_model"`, VM-head training: KL(p_{t-1} || w_t) with p detached.
+
+    Logits, distributions and their gradients exist for a tile of rows at a time. The gradients of the inputs are made
+    with the loss and kept until the backward pass, so that no logit is computed twice: a row takes one matrix product
+    (2dV operations) for each head, and one for each input that needs a gradient.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape (N, d)): h, the LLM's last hidden states at t - 1, for the N scored t.
+        lm_head_weight (`torch.Tensor` of shape (V or more, d)): W_lm, of which the first V rows are used.
+        image_features (`torch.Tensor` of shape (N, d)): f, the projected features at t.
+        vm_head_weight (`torch.Tensor` of shape (V, d)): W_vm.
+        lm_head_bias, vm_head_bias (`torch.Tensor` of shape (V or more,), *optional*): added to the logits.
+        target (`str`): which of the two distributions is the target, see above.
+        detach_visual_words (`bool`): whether joint training stops the gradient through its target.
+
+    Returns:
+        `torch.Tensor`, a scalar in float32 (float64 for float64 inputs), in nats. 0 where N is 0.
+    """
+    language_model = hidden_states, lm_head_weight, lm_head_bias
+    visual_words = image_features, vm_head_weight, vm_head_bias
+    if target == "visual_words":
+        target_head, predicting_head = visual_words, language_model
+    elif target == "language_model":
+        target_head, predicting_head = language_model, visual_words
+    else:
+        raise ValueError(f'visual_word_target is "{target}", expected "visual_words" or "language_model"')
+    if detach_visual_words or target == "language_model":
+        target_head = [None if tensor is None else tensor.detach() for tensor in target_head]
+    return _linear_kl(target_head, predicting_head, vm_head_weight.shape[0])
+
+
+def _linear_kl(target, predicting, vocab_size):
+    """Sum over rows of KL(softmax(a) || softmax(b)), a and b being the logits of two linear maps."""
+    target, predicting = _Head(*target, vocab_size), _Head(*predicting, vocab_size)
+    count, device = len(target.inputs), target.inputs.device
+    dtype = torch.promote_types(target.sum_dtype, predicting.sum_dtype)
+    on_cpu = device.type == "cpu"
+    tile_rows = min(count, CPU_TILE_ROWS if on_cpu else max(1, GPU_TILE_LOGITS // vocab_size))
+    with torch.no_grad():
+        tile = torch.empty(2, tile_rows, vocab_size, dtype=dtype, device=device)
+        divergences = []
+        for start in range(0, count, max(tile_rows, 1)):
+            rows = slice(start, min(start + tile_rows, count))
+            a, b = tile[:, : rows.stop - start]
+            target.logits(rows, out=a)
+            predicting.logits(rows, out=b)
+            blocks = zip(*(logits.split(CPU_BLOCK_ROWS if on_cpu else tile_rows) for logits in (a, b)), strict=True)
+            divergences += [_kl_and_gradients_(*block, bool(target.gradients)) for block in blocks]
+            target.add_gradients(rows, a)
+            predicting.add_gradients(rows, b)
+        loss = torch.cat(divergences or [tile.new_zeros(0)]).sum()
+    for head in (target, predicting):
+        for tensor, gradient in head.gradients.values():
+            loss = loss + _Gradient.apply(tensor, gradient)
+    return loss
+
+
+def _kl_and_gradients_(a, b, needs_target_grad):
+    """KL(t || q) of every row, t = softmax(a) and q = softmax(b). The logits are overwritten with their gradients.
+
+    With g = a - b and its mean m = sum_v t g, it is m - logsumexp(a) + logsumexp(b), and its gradients are t (g - m)
+    for a and q - t for b.
+    """
+    t, q = a.softmax(-1), b.softmax(-1)
+    # The largest probability is exp(max - logsumexp)
+    logsumexps = b.amax(-1) - a.amax(-1) + t.amax(-1).log_() - q.amax(-1).log_()
+    mean = a.sub_(b).mul_(t).sum(-1)
+    if needs_target_grad:
+        a.addcmul_(t, mean.unsqueeze(-1), value=-1)
+    torch.sub(q, t, out=b)
+    return mean + logsumexps
+
+
+class _Head:
+    """A linear map from rows to logits, tile by tile, and the gradients that a loss of the logits has."""
+
+    def __init__(self, inputs, weight, bias, vocab_size):
+        device = inputs.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+        self.sum_dtype = torch.promote_types(dtype, torch.float32)
+        self.inputs = inputs.detach().to(dtype)
+        self.weight = weight.detach()[:vocab_size].to(dtype)
+        self.bias = None if bias is None else bias.detach()[:vocab_size]
+        # Tiles add up in those of weight and bias, whose rows beyond V stay 0
+        self.gradients = {
+            name: (tensor, torch.zeros_like(tensor, dtype=self.sum_dtype))
+            for name, tensor in {"inputs": inputs, "weight": weight, "bias": bias}.items()
+            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+        }
+
+    def logits(self, rows, out):
+        _add_product(out, self.inputs[rows], self.weight.t(), beta=0)
+        if self.bias is not None:
+            out.add_(self.bias)
+
+    def add_gradients(self, rows, logits_grad):
+        if not self.gradients:
+            return
+        grad, vocab_size = logits_grad.to(self.weight.dtype), len(self.weight)
+        if "inputs" in self.gradients:
+            _add_product(self.gradients["inputs"][1][rows], grad, self.weight, beta=0)
+        if "weight" in self.gradients:
+            _add_product(self.gradients["weight"][1][:vocab_size], grad.t(), self.inputs[rows])
+        if "bias" in self.gradients:
+            self.gradients["bias"][1][:vocab_size] += logits_grad.sum(0)
+
+
+def _add_product(total, a, b, beta=1):
+    """total = beta total + a @ b, summed in float32 where a and b are in 16 bits."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+
+
+class _Gradient(torch.autograd.Function):
+    """0, whose gradient to a tensor is known already. One a tensor, so that each frees its own when it is done."""
+
+    @staticmethod
+    def forward(ctx, tensor, gradient):
+        ctx.save_for_backward(gradient)
+        ctx.dtype = tensor.dtype
+        return gradient.new_zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, loss_grad):
+        (gradient,) = ctx.saved_tensors
+        # A copy would be as large as the head, and is needed only where the graph is kept for another backward pass
+        if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+            gradient = gradient * loss_grad
+        else:
+            gradient.mul_(loss_grad)
+        return gradient.to(ctx.dtype), None

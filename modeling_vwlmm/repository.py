@@ -1,0 +1,219 @@
+"""A model's repository, staged beside its folder: what belongs there, nothing that is private, and that it loads."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from . import load_check
+from .configuration_vwlmm import VWLmmConfig
+from .modeling_vwlmm import VWLmmForCausalLM
+from .weights import read_weights, write_weights
+
+
+LARGEST_FILE = 5 * 10**9  # bytes; an upload that broke off goes on with the file where it did
+AUTO_MAP = {
+    "AutoConfig": "configuration_vwlmm.VWLmmConfig",
+    "AutoModel": "modeling_vwlmm.VWLmmModel",
+    "AutoModelForCausalLM": "modeling_vwlmm.VWLmmForCausalLM",
+    "AutoModelForImageTextToText": "modeling_vwlmm.VWLmmForCausalLM",
+}
+# Of a folder, beside its weights. Logs are written by whoever trains, and may say where
+CONFIGS = ["*config.json", "special_tokens_map.json", "added_tokens.json"]
+LOGS = ["training_run.json", "trainer_state.json", "*_results.json"]
+VERBATIM = [
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "examples/*.png", "assets/losses.json"),
+]
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+_PATH = re.compile(
+    r"""(?<![\w.:/\\<>~*)-])(?:file://|~[\w-]*)?(?:/[^/\s"',;:()]+)+/?"""  # /home/me/x, ~/x
+    r"""|(?<!\w)[A-Za-z]:[\\/][^\s"',;]+|\\\\[\w.-]+\\[^\s"',;]+"""  # C:\x, \\host\x
+)
+_WHOLE_PATH = re.compile(r"(?:file://|[/~]|\.\.[/\\]|[A-Za-z]:[\\/]|\\\\)[^\n]*")
+
+
+def _read_json(path: Path) -> dict | list:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _read_object(path: Path) -> dict:
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _write_json(path: Path, content: dict | list) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _base_name(path: str) -> str:
+    name = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    return "~" if name in ("", os.path.basename(os.path.expanduser("~"))) else name
+
+
+def without_secrets(text: str) -> str:
+    """A text without the Hub's tokens and the name of this machine."""
+    host = socket.gethostname()
+    if len(host) > 3 and host != "localhost":
+        text = re.sub(rf"\b{re.escape(host)}\b", "host", text)
+    return _TOKEN.sub("hf_***", text)
+
+
+def without_paths(value, is_log: bool, key: str = ""):
+    """A JSON value with the base names of its absolute paths.
+
+    Of a log all are shortened; of a config those that stand under a key that says so (`_name_or_path`), for it may
+    hold anything else that looks like a path.
+    """
+    if isinstance(value, dict):
+        return {without_paths(name, is_log): without_paths(item, is_log, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item, is_log, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    if _WHOLE_PATH.fullmatch(value) and (is_log or re.search("path|file|dir|folder", key)):
+        return _base_name(value)
+    return _PATH.sub(lambda match: _base_name(match[0]), value) if is_log else value
+
+
+def _find(folder: Path, patterns: list[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def read_folder(folder: Path) -> tuple[VWLmmConfig | None, str | None]:
+    """The config of a folder's model, or the name of the base model of its adapter; the other is None.
+
+    Raises:
+        FileNotFoundError: there is no folder, no config, no weights or no processor.
+        ValueError: it is not a VW-LMM model.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder, expected one that `vwlmm train` or `vwlmm convert` wrote")
+    config = base_model = None
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        base_model = _read_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+        if not base_model:
+            raise ValueError(f"{folder / ADAPTER_CONFIG_NAME} names no base model")
+        if not (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
+            raise FileNotFoundError(f"{folder} has no weights, expected {ADAPTER_SAFE_WEIGHTS_NAME}")
+    else:
+        if not (folder / CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"{folder} has no model, expected {CONFIG_NAME} or {ADAPTER_CONFIG_NAME}")
+        model_type = _read_object(folder / CONFIG_NAME).get("model_type")
+        VWLmmConfig.get_config_dict(folder)  # says how to convert a LLaVA
+        if model_type != VWLmmConfig.model_type:
+            raise ValueError(f'{folder} has a model of type "{model_type}", expected "{VWLmmConfig.model_type}"')
+        config = VWLmmConfig.from_pretrained(folder)
+        read_weights(folder)
+    if not _find(folder, ["processor_config.json", "preprocessor_config.json"]):
+        raise FileNotFoundError(f"{folder} has no processor, expected processor_config.json")
+    return config, base_model
+
+
+def stage(folder: Path, into: Path, base_model: str | None = None) -> None:
+    """Fill a new folder with what belongs into a repository; weights are links to those of the old one.
+
+    Logs keep their paths, by which the card finds those of earlier stages.
+
+    Args:
+        base_model (`str`, *optional*): what an adapter is to name as its base model.
+    """
+    into.mkdir(exist_ok=True)
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        left_out = {CONFIG_NAME, "generation_config.json"}
+        _link(folder / ADAPTER_SAFE_WEIGHTS_NAME, into)
+    else:
+        left_out = set()
+        tensors = read_weights(folder)
+        files = [folder / name for name in sorted({tensor.source for tensor in tensors.values()})]
+        if all(file.suffix == ".safetensors" and file.stat().st_size <= LARGEST_FILE for file in files):
+            for file in [*files, *_find(folder, [SAFE_WEIGHTS_INDEX_NAME])]:
+                _link(file, into)
+        else:
+            write_weights(into, tensors)
+        custom_object_save(VWLmmForCausalLM, into)
+    for file in _find(folder, CONFIGS):
+        if file.name in left_out:
+            continue
+        content = without_paths(_read_object(file), is_log=False)
+        if file.name == CONFIG_NAME:
+            content["auto_map"] = AUTO_MAP
+        if file.name == ADAPTER_CONFIG_NAME and base_model is not None:
+            content["base_model_name_or_path"] = base_model
+        _write_json(into / file.name, content)
+    for file in _find(folder, LOGS):
+        _read_json(file)  # or says that it is none
+        (into / file.name).write_text(without_secrets(file.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in _find(folder, VERBATIM):
+        (into / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, into / file.relative_to(folder))
+
+
+def _link(file: Path, into: Path) -> None:
+    try:
+        os.link(file.resolve(), into / file.name)
+    except OSError:  # another file system
+        os.symlink(file.resolve(), into / file.name)
+
+
+def make_harmless(staged: Path, name: str | os.PathLike, token: str | None) -> None:
+    """Shorten the paths in the logs and the card of a staged folder; `ValueError` if a file holds a token."""
+    for file in _find(staged, LOGS):
+        _write_json(file, without_paths(_read_json(file), is_log=True))
+    card = staged / "README.md"
+    home = re.escape(os.path.expanduser("~").rstrip("/"))
+    text = re.sub(rf"""{home}/[^\s"'`,;:()|]*""", lambda match: _base_name(match[0]), card.read_text(encoding="utf-8"))
+    card.write_text(text, encoding="utf-8")
+    for file in sorted(path for path in staged.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
+        content = file.read_bytes().decode(errors="replace")
+        if _TOKEN.search(content) or (token and token in content):
+            raise ValueError(f"{file.relative_to(staged)} would hold a token of the Hub: remove it from {name}")
+
+
+def check_loads(staged: Path, name: str | os.PathLike, base: Path | None = None) -> None:
+    """Load a staged folder on the CPU in fresh processes, with this package and with transformers and torch alone.
+
+    Args:
+        name (`str` or `os.PathLike`): what error messages call the folder.
+        base (`Path`, *optional*): the staged base model of an adapter.
+
+    Raises:
+        ValueError: it does not load, or computes something else without this package.
+    """
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
+        output = os.path.join(scratch, "output")
+        bare = ["--bare", "pillow", *([] if base is None else ["peft"])]
+        for how, switches in tqdm([("", []), (" without this package", bare)], desc="Loading", disable=None):
+            run = subprocess.run(
+                [sys.executable, load_check.__file__, staged, output, *(["--base", base] if base else []), *switches],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+            )
+            if run.returncode:
+                reason = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"status {run.returncode}"
+                raise ValueError(f"{name} does not load{how}: {reason.replace(str(staged), str(name))}")
+            results.append(load_file(output))
+    for key, expected in results[0].items():
+        if not torch.allclose(results[1][key], expected, rtol=1e-3, atol=1e-4):
+            raise ValueError(f"{name}: another {key} without this package than with it")
