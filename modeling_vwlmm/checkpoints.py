@@ -71,6 +71,9 @@ class WholeCheckpoints(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         with contextlib.nullcontext() if _internal_call else _explaining_failures(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
+            if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT":
+                # Shards are all that transformers writes then, to go on from but not to load elsewhere
+                self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if not self._is_saving:

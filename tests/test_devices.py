@@ -64,6 +64,18 @@ def test_checkpoints_of_two_processes_load_on_one_device(runs, case, kind):
     assert saved and all(torch.equal(tensor, loaded[name]) for name, tensor in saved.items())
 
 
+def test_checkpoints_are_whole_where_accelerate_is_told_to_save_shards(tmp_path):
+    write_bases(tmp_path)
+    printed = launch("fsdp2", tmp_path, "resumed", options=["--fsdp_state_dict_type", "SHARDED_STATE_DICT"])
+    assert printed.returncode == 0, printed.stderr[-3000:]
+    path = tmp_path / "fsdp2" / "resumed" / "checkpoint-4"
+    assert any(path.glob("pytorch_model_fsdp_*"))
+    assert AutoProcessor.from_pretrained(path).chat_template and read_training_run(path)
+    loaded = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    saved = load_file(path.parent / "model.safetensors")
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in saved.items())
+
+
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 

@@ -92,14 +92,14 @@ def run(case, kind, folder):
     trainer.save_state()
 
 
-def launch(kind, folder):
-    """Runs all cases of a kind."""
+def launch(kind, folder, *cases, options=()):
+    """Runs cases of a kind, all if none is named, with options of `accelerate launch`."""
     launcher = []
     if kind != "one":
         config = Path(__file__).parent.parent / "recipes" / "accelerate" / f"{kind}.yaml"
         processes = ["--num_processes", "2", "--main_process_port", "0"]
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), *processes]
-    command = [sys.executable, *launcher, __file__, kind, str(folder)]
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), *processes, *options]
+    command = [sys.executable, *launcher, __file__, kind, str(folder), *cases]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
