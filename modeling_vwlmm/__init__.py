@@ -28,7 +28,7 @@ class _LlavaCheckpoint:
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path, *args, **kwargs):
-        VWLmmConfig.get_config_dict(pretrained_model_name_or_path)
+        VWLmmConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
 
 
 # Configs of transformers need exist_ok

@@ -8,6 +8,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
+import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -85,7 +86,10 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, card_text:
             kept.pop(other, None)
     data = {**kept, **found, "tags": [*found["tags"], *_listed(kept.get("tags"))]}
 
-    model = _load_adapter(folder, bases) if is_adapter else VWLmmForCausalLM.from_pretrained(folder).eval()
+    if is_adapter:
+        model = _load_adapter(folder, bases)
+    else:
+        model = VWLmmForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     (folder / "assets").mkdir(exist_ok=True)
     template = resources.files("modeling_vwlmm.hub_card").joinpath("modelcard_template.md")
     card = ModelCard.from_template(
@@ -120,7 +124,9 @@ def _load_adapter(folder, bases):
     """The adapter on its base model; None if that is not at hand."""
     names = list(itertools.chain(*bases[:2]))
     try:
-        model = VWLmmForCausalLM.from_pretrained(next(filter(os.path.isdir, names), names[0] if names else ""))
+        name = next(filter(os.path.isdir, names), names[0] if names else "")
+        # In another dtype it would be torch's default meanwhile, for a training that goes on beside this too
+        model = VWLmmForCausalLM.from_pretrained(name, dtype=torch.float32)
     except OSError:
         return None
     model.load_adapter(folder)

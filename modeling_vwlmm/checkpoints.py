@@ -54,10 +54,10 @@ class WholeCheckpoints(Trainer):
             self.state.best_model_checkpoint = str(run_dir / name)
         if self.args.should_save:
             self.state.save_to_json(unfinished / name / TRAINER_STATE_NAME)
-            if (run_dir / name).exists():
-                shutil.rmtree(run_dir / name)
+            if (run_dir / name).exists():  # of an earlier try, and whole until the new one is there
+                (run_dir / name).rename(unfinished / "replaced")
             (unfinished / name).rename(run_dir / name)
-            unfinished.rmdir()
+            shutil.rmtree(unfinished, ignore_errors=True)
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,
@@ -158,12 +158,13 @@ def is_finished(output_dir, checkpoint):
 
 
 def _comparable(stages):
-    """What makes a run what it is, wherever it runs and with whatever versions."""
+    """What makes a run what it is, wherever it runs and with whatever versions, but on as many devices."""
     compared = []
     for stage in stages:
         recipe = {name: value for name, value in stage.get("recipe", {}).items() if name not in _NOT_COMPARED}
         rest = {name: value for name, value in stage.items() if name not in ("versions", "hardware")}
-        compared.append({**rest, "recipe": recipe})
+        processes = (stage.get("hardware") or {}).get("processes")
+        compared.append({**rest, "recipe": recipe, "processes": processes})
     return compared
 
 

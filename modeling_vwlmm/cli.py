@@ -118,6 +118,8 @@ def train(argv):
     else:
         checkpoint = config.resume_from_checkpoint
         checkpoint = {"true": True, "false": False}.get(str(checkpoint).lower(), checkpoint)
+        if checkpoint is False and (last := last_checkpoint(config.output_dir)):
+            raise ValueError(f"{last} is there: to start anew, remove it or name another output_dir")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()

@@ -126,7 +126,9 @@ def convert_to_llava(source, destination, dtype=None):
 
     tensors = _checked(read_weights(folder), VWLmmForCausalLM, config, folder)
     del tensors["model.vm_head.weight"]
-    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+    with torch.device("meta"):
+        embeddings = _embeddings_name(VWLmmForCausalLM(config))
+    for name in (embeddings, "lm_head.weight"):
         if name in tensors:
             tensors[name] = _with_rows(tensors[name], text_config["vocab_size"])
     try:
@@ -174,7 +176,7 @@ def combine(language_model, vision_tower, destination, vm_head="random", seed=0,
         tie_word_embeddings=llm.config.tie_word_embeddings,
     )
     tensors = {
-        **_with_prefix("model.language_model.", llm.get_decoder().state_dict(), language_model),
+        **_with_prefix("model.language_model.", llm.base_model.state_dict(), language_model),
         **_with_prefix("lm_head.", llm.get_output_embeddings().state_dict(), language_model),
         **_vision_tower_weights(vision_tower, vision_config),
     }
@@ -212,11 +214,11 @@ def _open_checkpoint(source):
 def _from_published(folder, raw, vision_tower, variant, vm_head, seed):
     found = read_weights(folder)
     tensors = {published_name(name): found[name] for name in found if not RECOMPUTED.search(name)}
-    kind = find_variant(folder, raw, variant)
+    has_vm_head = "model.vm_head.weight" in tensors
+    kind = find_variant(folder, raw, has_vm_head, variant)
     tokenizer = published_tokenizer(folder)
     vision_tower = vision_tower or raw["mm_vision_tower"]
     vision_config, pixels = _read_vision_tower(vision_tower)
-    has_vm_head = "model.vm_head.weight" in tensors
     if kind.pseudo_image_features and not has_vm_head:
         raise ValueError(f"{folder} has no VM head, which a model that reads pseudo image features needs")
     config = VWLmmConfig(
@@ -307,7 +309,7 @@ def _add_new_parts(tensors, config, vm_head, seed):
         raise ValueError(f'vm_head is "{vm_head}", expected "random" or "lm_head"')
     with torch.device("meta"):
         model = VWLmmForCausalLM(config)
-    embeddings = tensors["model.language_model.embed_tokens.weight"]
+    embeddings = tensors[_embeddings_name(model)]
     dtype = embeddings.meta.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -326,6 +328,12 @@ def _add_new_parts(tensors, config, vm_head, seed):
             lambda: lm_head.read()[: config.visual_vocab_size],
             lm_head.source,
         )
+
+
+def _embeddings_name(model):
+    """What a model calls the weight of its LLM's input embeddings."""
+    weight = model.get_input_embeddings().weight
+    return next(name for name, parameter in model.named_parameters() if parameter is weight)
 
 
 def _with_rows(tensor, rows):

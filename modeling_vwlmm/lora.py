@@ -166,10 +166,13 @@ def merge(adapter, destination, dtype="auto"):
         )
     has_processor = (Path(adapter) / "processor_config.json").is_file()
     processor = AutoProcessor.from_pretrained(adapter if has_processor else name)
+    stages = read_training_run(adapter)
+    for name, value in (stages[-1].get("config", {}) if stages else {}).items():
+        setattr(model.config, name, value)
     with new_folder(destination) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_training_run(folder, read_training_run(adapter))
+        write_training_run(folder, stages)
 
 
 def _fingerprints(model):

@@ -57,11 +57,11 @@ def published_name(name):
     return name
 
 
-def find_variant(folder, raw, variant=None):
+def find_variant(folder, raw, has_vm_head, variant=None):
     """The [`Variant`] that a published config is of, or the one of that name.
 
     Raises:
-        ValueError: the config says that the model is built in another way.
+        ValueError: the config says that the model is built in another way, or not what a VM head is for.
     """
     path = folder / "config.json"
     for field, supported in SUPPORTED.items():
@@ -80,6 +80,11 @@ def find_variant(folder, raw, variant=None):
         raise ValueError(
             f"{path}: found the architecture {', '.join(raw['architectures'])}, expected one of "
             f"{', '.join(ARCHITECTURES)}; --variant says which it is like"
+        )
+    if has_vm_head:
+        raise ValueError(
+            f"{path} names no architecture, so that pseudo image features cannot be told: give --variant "
+            f"{', '.join(VARIANTS)}"
         )
     return VARIANTS["mistral" if "sliding_window" in raw else "vicuna"]
 

@@ -12,6 +12,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, Image, List
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoProcessor, ProcessorMixin
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path, maybe_gather_lm_head_ctx
@@ -153,7 +154,8 @@ def add_visual_word_loss(model):
 
         def keep_labelled(module, inputs, outputs):
             backbone_outputs.append(outputs)
-            hidden_states = outputs.last_hidden_state[:, :-1][is_label].unsqueeze(0)
+            hidden_states = outputs.last_hidden_state
+            hidden_states = hidden_states[:, :-1][is_label.to(hidden_states.device)].unsqueeze(0)
             return type(outputs)(**{**outputs, "last_hidden_state": hidden_states})
 
         hook = self.model.register_forward_hook(keep_labelled)
@@ -239,6 +241,12 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         if isinstance(model, str):
             name = model
             model = _load(model, args, kwargs.pop("quantization_config", None))
+            own = VWLmmConfig.from_pretrained(name).pseudo_image_features
+            if kwargs.get("peft_config") is not None and model.config.pseudo_image_features != own:
+                raise ValueError(
+                    f"an adapter has no config of its own, and that of {name} has pseudo_image_features {own}: change "
+                    "it there"
+                )
         base_model = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base_model, VWLmmForCausalLM):
             raise TypeError(f"model must be a VWLmmForCausalLM, got a {type(base_model).__name__}")
@@ -295,9 +303,9 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         self._eval_sums = defaultdict(float)
         self._skipped_samples = {"train": 0, "eval": 0}
         peft_config = self.model.active_peft_config if is_peft_model(model) else kwargs["peft_config"]
-        run = describe_run(name, args, peft_config, **{"recipe": args.given, **(given or {})})
+        run = describe_run(name, base_model.config, args, peft_config, **{"recipe": args.given, **(given or {})})
         self.stages = [*(read_training_run(name) if name else []), run]
-        if is_peft_model(self.model):
+        if is_peft_model(self.model) and not is_deepspeed_zero3_enabled():  # which takes one dtype alone
             keep_precision(self.model, has_autocast=args.bf16 or args.fp16)
         add_visual_word_loss(self.model.get_base_model() if is_peft_model(self.model) else self.model)
 
@@ -374,12 +382,13 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         if vw_loss_sum is None:
             vw_loss_sum, positions = torch.zeros_like(lm_loss), torch.zeros_like(lm_loss)
         else:
-            positions = fused_outputs[0].vw_positions
+            vw_loss_sum = vw_loss_sum.to(lm_loss.device)
+            positions = fused_outputs[0].vw_positions.to(lm_loss.device)
         if num_items_in_batch is None:
             vw_loss = vw_loss_sum / positions.clamp(min=1)
         else:
             # As TRL does for the tokens: counted over the ranks, whose gradients DDP averages
-            vw_loss = vw_loss_sum / self._vw_positions_in_step.clamp(min=1)
+            vw_loss = vw_loss_sum / self._vw_positions_in_step.to(lm_loss.device).clamp(min=1)
             if self.args.average_tokens_across_devices:
                 vw_loss = vw_loss * self.accelerator.num_processes
         loss = loss + self.model.config.visual_word_loss_weight * vw_loss

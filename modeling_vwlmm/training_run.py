@@ -10,11 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import cached_file
 
 
 TRAINING_RUN_NAME = "training_run.json"
 _PACKAGES = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "modeling_vwlmm"]
+# Of a model's config, what a stage may set
+TRAINED_WITH = ("visual_word_loss_weight", "visual_word_target", "detach_visual_words")
 _LORA = ["r", "lora_alpha", "lora_dropout"]
 # pad_token and eos_token are none
 _SECRET = re.compile(r"^token$|(hub|auth|access|api)_?token$|api_?key$|password|secret|credential", re.IGNORECASE)
@@ -29,6 +33,11 @@ def read_training_run(folder: str | os.PathLike) -> list[dict]:
     Raises:
         ValueError: the file is there, but holds something else.
     """
+    try:
+        if not os.path.isdir(folder):
+            validate_repo_id(str(folder))
+    except HFValidationError:  # of a folder that is gone
+        return []
     path = cached_file(
         folder,
         TRAINING_RUN_NAME,
@@ -64,11 +73,12 @@ def given_fields(arguments, names=None) -> dict:
     return _plain(given)
 
 
-def describe_run(base_model, args, peft_config=None, dataset=None, recipe=None) -> dict:
+def describe_run(base_model, config, args, peft_config=None, dataset=None, recipe=None) -> dict:
     """The record of one stage.
 
     Args:
         base_model (`str`): the name of the model that it starts from, as given.
+        config ([`VWLmmConfig`]): of the model as it is trained, for which an adapter has no other place.
         args ([`VWLmmSFTConfig`]): of the trainer.
         peft_config ([`~peft.PeftConfig`], *optional*): of the adapter, if one is trained.
         dataset (`str`, *optional*): its name, as given.
@@ -80,6 +90,7 @@ def describe_run(base_model, args, peft_config=None, dataset=None, recipe=None) 
         "base_model": base_model or None,
         "dataset": dataset,
         "recipe": _plain(recipe),
+        "config": {name: getattr(config, name) for name in TRAINED_WITH},
         "peft": None if peft_config is None else {**given_fields(peft_config, _LORA), **given_fields(peft_config)},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "hardware": {

@@ -123,6 +123,8 @@ class _Head:
         device = inputs.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
+        # Most of q - t is too small for float16. It is smaller than 1, and t (g - m) hardly ever larger than 100
+        self.scale = 256 if dtype == torch.float16 else 1
         self.inputs = inputs.detach().to(dtype)
         self.weight = weight.detach()[:vocab_size].to(dtype)
         self.bias = None if bias is None else bias.detach()[:vocab_size]
@@ -141,23 +143,23 @@ class _Head:
     def add_gradients(self, rows, logits_grad):
         if not self.gradients:
             return
-        grad, vocab_size = logits_grad.to(self.weight.dtype), len(self.weight)
+        scaled = logits_grad if self.scale == 1 else self.scale * logits_grad
+        grad, vocab_size = scaled.to(self.weight.dtype), len(self.weight)
         if "inputs" in self.gradients:
-            _add_product(self.gradients["inputs"][1][rows], grad, self.weight, beta=0)
+            _add_product(self.gradients["inputs"][1][rows], grad, self.weight, beta=0, alpha=1 / self.scale)
         if "weight" in self.gradients:
-            _add_product(self.gradients["weight"][1][:vocab_size], grad.t(), self.inputs[rows])
+            total = self.gradients["weight"][1][:vocab_size]
+            _add_product(total, grad.t(), self.inputs[rows], alpha=1 / self.scale)
         if "bias" in self.gradients:
             self.gradients["bias"][1][:vocab_size] += logits_grad.sum(0)
 
 
-def _add_product(total, a, b, beta=1):
-    """total = beta total + a @ b, summed in float32 where a and b are in 16 bits."""
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+def _add_product(total, a, b, beta=1, alpha=1):
+    """total = beta total + alpha a @ b, summed in float32 where a and b are in 16 bits."""
+    if a.dtype != total.dtype and total.is_cuda:
+        torch.addmm(total, a, b, beta=beta, alpha=alpha, out_dtype=total.dtype, out=total)
     else:
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=alpha, out=total)
 
 
 class _Gradient(torch.autograd.Function):

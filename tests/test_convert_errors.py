@@ -130,6 +130,7 @@ CASES = {
     ),
     "config that is a list": ({}, lambda folder: (folder / "config.json").write_text("[]"), ["config.json", "object"]),
     "architecture": ({}, config(architectures=["LlavaMptForCausalLM"]), ["LlavaMptForCausalLM", "--variant"]),
+    "no architecture": ({}, config(architectures=None), ["names no architecture", "--variant vicuna, mistral"]),
     "another projector": ({}, config(mm_projector_type="linear"), ["mm_projector_type", '"linear"', "mlp2x_gelu"]),
     "LLaVA-1.6": ({}, config(image_aspect_ratio="anyres"), ["image_aspect_ratio", '"anyres"']),
     "no such tower": ({}, config(mm_vision_tower="/no/such/tower"), ["/no/such/tower"]),

@@ -129,13 +129,12 @@ def test_what_trains_whole(tmp_path, case):
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {name.split(".")[3] for name in saved if "lora_" not in name} == expected
     before = AutoModelForCausalLM.from_pretrained(base).state_dict()
-    after = trainer.model.get_base_model().state_dict()
-    changed = {
-        name.split(".")[1]
-        for name in before
-        if (tensor := after.get(name)) is not None and not torch.equal(before[name], tensor)
+    after = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for name, tensor in trainer.model.get_base_model().state_dict().items()
     }
-    assert not changed  # of what was there before
+    # What was there before stays as it was
+    assert before.keys() <= after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_stage_without_the_llm_needs_no_adapter(tmp_path):
@@ -244,6 +243,22 @@ def refused(capsys, *arguments):
     return line
 
 
+def test_a_merged_model_has_the_config_it_was_trained_with(tmp_path):
+    base = base_folder(tmp_path, visual_word_target="language_model", detach_visual_words=True)
+    train(tmp_path, base, stage="joint", visual_word_loss_weight=0.5, learning_rate=0.01)
+    main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config
+    assert (config.visual_word_target, config.visual_word_loss_weight) == ("visual_words", 0.5)
+    assert config.detach_visual_words
+
+
+def test_pseudo_image_features_that_an_adapter_could_not_tell(tmp_path):
+    base = base_folder(tmp_path)
+    with pytest.raises(ValueError, match="base has pseudo_image_features False: change it there"):
+        train(tmp_path, base, model_init_kwargs={"pseudo_image_features": True})
+    train(tmp_path, base_folder(tmp_path / "other", pseudo_image_features=True))
+
+
 def test_merging_what_changes_nothing(tmp_path, capsys):
     train(tmp_path, trainable=["language_model"], learning_rate=0.0)
     assert "changes nothing" in refused(capsys, "merge", tmp_path / "adapter", tmp_path / "merged")
@@ -289,6 +304,10 @@ def test_what_trains_whole_trains_in_float32(tmp_path):
     trainer = train(tmp_path, bf16=True, model_init_kwargs={"dtype": "bfloat16"})
     dtypes = {p.requires_grad: p.dtype for p in trainer.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    # And what it made can be looked at on the way, where nothing casts by itself
+    batch = without_labels(tiny_batch(trainer.model.config, padding="left"))
+    assert trainer.model.generate(**batch, max_new_tokens=2).shape[1] == batch["input_ids"].shape[1] + 2
+    assert trainer.model.get_base_model().visual_words(batch["pixel_values"]).dtype == torch.float32
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])

@@ -41,7 +41,10 @@ def naive_loss(logits, visual_word_logits, target, detach):
     return total
 
 
-def tensors(rows, vocab_size, dtype=torch.float32, bias=True, seed=0):
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def tensors(rows, vocab_size, dtype=torch.float32, bias=True, seed=0, device="cpu"):
     """h, W_lm, f, W_vm and the biases."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(rows, D), (vocab_size + EXTRA, D), (rows, D), (vocab_size, D)]
@@ -49,7 +52,7 @@ def tensors(rows, vocab_size, dtype=torch.float32, bias=True, seed=0):
         shapes += [(vocab_size + EXTRA,), (vocab_size,)]
     scales = [1, 0.3, 1, 0.3, 0.3, 0.3]  # logits of about 1, which float32 rounds to 1e-7
     return [
-        (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+        (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, dtype).requires_grad_()
         for scale, shape in zip(scales, shapes, strict=False)
     ]
 
@@ -79,14 +82,16 @@ def error(found, expected):
 @pytest.fixture(params=[256, 16], ids=["one tile", "tiles"])
 def tiles(request, monkeypatch):
     monkeypatch.setattr(module, "CPU_TILE_ROWS", request.param)
+    monkeypatch.setattr(module, "GPU_TILE_LOGITS", request.param * 1000)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("target,detach", DIRECTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients(tiles, shape, target, detach, dtype, bias):
-    inputs = tensors(*shape, dtype, bias)
+def test_values_and_gradients(tiles, shape, target, detach, dtype, bias, device):
+    inputs = tensors(*shape, dtype, bias, device=device)
     expected, expected_grads = reference(inputs, target, detach)
     loss = visual_word_loss(*inputs, target=target, detach_visual_words=detach)
     assert loss.shape == () and loss.dtype == dtype
@@ -113,12 +118,14 @@ def test_gradcheck(monkeypatch, target, detach):
     assert torch.autograd.gradcheck(loss, inputs)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("leaves", ["16 bits", "autocast"])
+@pytest.mark.parametrize("shape", [(401, 41), (7, 50_000)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("target,detach", DIRECTIONS)
-def test_16_bits_are_no_worse_than_naive_16_bits(monkeypatch, target, detach, dtype, leaves):
+def test_16_bits_are_no_worse_than_naive_16_bits(monkeypatch, target, detach, dtype, shape, leaves, device):
     monkeypatch.setattr(module, "CPU_TILE_ROWS", 16)
-    inputs = tensors(401, 41, dtype, bias=False)
+    inputs = tensors(*shape, dtype, bias=False, device=device)
     expected, expected_grads = reference(inputs, target, detach)
     if leaves == "autocast":
         inputs = [tensor.detach().float().requires_grad_() for tensor in inputs]
@@ -130,11 +137,13 @@ def test_16_bits_are_no_worse_than_naive_16_bits(monkeypatch, target, detach, dt
         t = t.detach() if detach or target == "language_model" else t
         yield nn.functional.kl_div(q.log_softmax(-1), t.log_softmax(-1), reduction="sum", log_target=True)
 
-    with torch.autocast("cpu", dtype, enabled=leaves == "autocast"):
+    with torch.autocast(device, dtype, enabled=leaves == "autocast"):
         ours, naive = losses()
     assert ours.dtype == torch.float32
+    scale = 2**16 if dtype == torch.float16 else 1  # as a GradScaler begins
     assert error(ours, expected) <= max(error(naive, expected), 1e-4)
-    for found, theirs, wanted in zip(grads(ours, inputs), grads(naive, inputs), expected_grads, strict=True):
+    for found, theirs, wanted in zip(grads(ours, inputs), grads(naive * scale, inputs), expected_grads, strict=True):
+        theirs = theirs.double() / scale
         assert found.dtype == inputs[0].dtype
         # Half a unit in the last place is the rounding of the gradient itself
         assert error(found, wanted) <= max(error(theirs, wanted), torch.finfo(dtype).eps / 2)
