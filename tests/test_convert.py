@@ -36,6 +36,7 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPVisionModel,
+    GPTNeoXConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -402,6 +403,21 @@ def test_an_llm_keeps_its_logits(tmp_path, llm_folder, llm):
     assert model.config.image_token_id == model.config.visual_vocab_size == VOCAB_SIZE
     content = [{"type": "image"}, {"type": "text", "text": "w5"}]
     assert processor.apply_chat_template([{"role": "user", "content": content}]) == "<image>\nw5"
+
+
+def test_an_llm_whose_embeddings_have_another_name(tmp_path, llm_folder):
+    folder, tower = llm_folder(), tmp_path / "tower"
+    shape = dict(
+        vocab_size=VOCAB_SIZE, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4
+    )
+    alone = randomize(AutoModelForCausalLM.from_config(GPTNeoXConfig(**shape)))
+    (folder / "model.safetensors").unlink()
+    alone.save_pretrained(folder)
+    CLIPVisionModel(tower_config()).save_pretrained(tower)
+    CLIPImageProcessorPil().save_pretrained(tower)
+    model, _ = convert("--language-model", folder, "--vision-tower", tower, tmp_path / "ours")
+    ids = torch.randint(3, VOCAB_SIZE, (2, 7))
+    assert torch.equal(model(input_ids=ids).logits, alone(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("tower", TOWERS)

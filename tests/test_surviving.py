@@ -101,6 +101,11 @@ def test_another_run_is_not_gone_on_from(tmp_path, capsys, recipe):
     main([*again, "--max_steps", "5", "--resume_from_checkpoint", "true"])
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 5
     main([*again, "--max_steps", "2", "--resume_from_checkpoint", "false", "--output_dir", str(tmp_path / "new")])
+    message = error_of(capsys, *again, "--resume_from_checkpoint", "false")
+    assert f"{tmp_path}/out/checkpoint-5 is there: to start anew, remove it or name another output_dir" in message
+    record = tmp_path / "out" / "checkpoint-5" / "training_run.json"
+    record.write_text(record.read_text().replace('"processes": 1', '"processes": 8'))
+    assert "processes was 8, is 1" in error_of(capsys, *again, "--max_steps", "5")
     (tmp_path / "new" / "checkpoint-2" / "training_run.json").unlink()
     message = error_of(capsys, *again, "--max_steps", "2", "--output_dir", str(tmp_path / "new"))
     assert "it has no record of a run" in message
