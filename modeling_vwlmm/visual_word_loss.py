@@ -1,14 +1,16 @@
 """The visual-word loss of VW-LMM (arXiv 2403.07720), whose distributions only ever exist in tiles."""
 
+import math
+
 import torch
 
 
 # Rows of a tile, each of which takes 2 V numbers, and 4 V on a GPU: few enough for memory to stay low, and enough for
-# matrix products to be fast
-CPU_TILE_ROWS = 256
+# matrix products to be fast. 288 is half of an image of CLIP ViT-L/14 at 336 pixels
+CPU_TILE_ROWS = 288
 GPU_TILE_LOGITS = 2**24
-# Rows of a tile that a CPU turns into gradients at once, for them to stay in its cache
-CPU_BLOCK_ROWS = 8
+# Of a tile, what a CPU turns into gradients at once, for it to stay in its cache
+CPU_BLOCK_LOGITS = 2**18
 
 
 def scored_positions(image_mask, attention_mask=None):
@@ -80,7 +82,9 @@ def _linear_kl(target, predicting, vocab_size):
     count, device = len(target.inputs), target.inputs.device
     dtype = torch.promote_types(target.sum_dtype, predicting.sum_dtype)
     on_cpu = device.type == "cpu"
-    tile_rows = min(count, CPU_TILE_ROWS if on_cpu else max(1, GPU_TILE_LOGITS // vocab_size))
+    most_rows = CPU_TILE_ROWS if on_cpu else max(1, GPU_TILE_LOGITS // vocab_size)
+    tile_rows = math.ceil(count / max(1, math.ceil(count / most_rows)))  # all of about the same size
+    block_rows = max(1, CPU_BLOCK_LOGITS // vocab_size) if on_cpu else tile_rows
     with torch.no_grad():
         tile = torch.empty(2, tile_rows, vocab_size, dtype=dtype, device=device)
         divergences = []
@@ -89,7 +93,7 @@ def _linear_kl(target, predicting, vocab_size):
             a, b = tile[:, : rows.stop - start]
             target.logits(rows, out=a)
             predicting.logits(rows, out=b)
-            blocks = zip(*(logits.split(CPU_BLOCK_ROWS if on_cpu else tile_rows) for logits in (a, b)), strict=True)
+            blocks = zip(a.split(block_rows), b.split(block_rows), strict=True)
             divergences += [_kl_and_gradients_(*block, bool(target.gradients)) for block in blocks]
             target.add_gradients(rows, a)
             predicting.add_gradients(rows, b)
@@ -128,12 +132,15 @@ class _Head:
         self.inputs = inputs.detach().to(dtype)
         self.weight = weight.detach()[:vocab_size].to(dtype)
         self.bias = None if bias is None else bias.detach()[:vocab_size]
-        # Tiles add up in those of weight and bias, whose rows beyond V stay 0
+        # The first tile fills those of weight and bias, to which the others add
+        new = torch.empty_like if len(inputs) else torch.zeros_like
         self.gradients = {
-            name: (tensor, torch.zeros_like(tensor, dtype=self.sum_dtype))
+            name: (tensor, new(tensor, dtype=self.sum_dtype))
             for name, tensor in {"inputs": inputs, "weight": weight, "bias": bias}.items()
             if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
         }
+        for name in {"weight", "bias"} & self.gradients.keys():
+            self.gradients[name][1][vocab_size:] = 0
 
     def logits(self, rows, out):
         _add_product(out, self.inputs[rows], self.weight.t(), beta=0)
@@ -147,11 +154,13 @@ class _Head:
         grad, vocab_size = scaled.to(self.weight.dtype), len(self.weight)
         if "inputs" in self.gradients:
             _add_product(self.gradients["inputs"][1][rows], grad, self.weight, beta=0, alpha=1 / self.scale)
+        is_first = rows.start == 0
         if "weight" in self.gradients:
             total = self.gradients["weight"][1][:vocab_size]
-            _add_product(total, grad.t(), self.inputs[rows], alpha=1 / self.scale)
+            _add_product(total, grad.t(), self.inputs[rows], beta=0 if is_first else 1, alpha=1 / self.scale)
         if "bias" in self.gradients:
-            self.gradients["bias"][1][:vocab_size] += logits_grad.sum(0)
+            total, added = self.gradients["bias"][1][:vocab_size], logits_grad.sum(0)
+            total.copy_(added) if is_first else total.add_(added)
 
 
 def _add_product(total, a, b, beta=1, alpha=1):

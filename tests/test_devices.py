@@ -41,6 +41,9 @@ def test_two_processes_train_what_one_does(runs, case, kind):
         for name in ("loss", "lm_loss", "vw_loss", "grad_norm", "num_tokens"):
             assert log[name] == pytest.approx(expected_log[name], abs=1e-4), (log["step"], name)
         assert (log["vw_loss"] > 0) == (case != "align")
+    evaluations = [next(log for log in state["log_history"] if "eval_lm_loss" in log) for state in states]
+    for name in ("eval_lm_loss", "eval_vw_loss"):
+        assert evaluations[1][name] == pytest.approx(evaluations[0][name], abs=1e-4), name
     file = "adapter_model.safetensors" if "lora" in case else "model.safetensors"
     expected, found = (load_file(folder / name / case / file) for name in ("one", kind))
     assert found.keys() == expected.keys()

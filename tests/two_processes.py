@@ -74,6 +74,7 @@ def run(case, kind, folder):
     processes = 1 if kind == "one" else 2
     arguments = {
         "per_device_train_batch_size": 4 // processes,
+        "per_device_eval_batch_size": 4 // processes,
         "train_sampling_strategy": "sequential",
         "max_steps": 4,
         "save_strategy": "steps",
@@ -88,6 +89,7 @@ def run(case, kind, folder):
         peft_config = LoraConfig(**lora) if lora else None
         trainer = VWLmmSFTTrainer(str(base), args, train_dataset=dataset, peft_config=peft_config)
         trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.evaluate(dataset.select(range(4)))
     trainer.save_model()
     trainer.save_state()
 

@@ -63,6 +63,12 @@ class VWLmmMultiModalProjector(LlavaMultiModalProjector):
         self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
 
 
+def _as_read_by(linear, features):
+    """Features in the dtype of a layer, which may train in float32 beside others in 16 bits, and without autocast."""
+    dtype = linear.weight.dtype
+    return features.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else features  # not if quantized
+
+
 def _linear_map(head, inputs):
     """Weight and bias of a head. One that has them in another form is asked for them, at the cost of d + 1 rows."""
     weight = head.weight
@@ -70,9 +76,11 @@ def _linear_map(head, inputs):
     is_plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
     if is_plain and not hasattr(head, "base_layer"):
         return weight.to(inputs.device), head.bias
-    bias = head(inputs.new_zeros(1, inputs.shape[-1]))
-    weight = head(torch.eye(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)) - bias
-    return weight.t(), bias[0]
+    size = inputs.shape[-1]
+    rows = head(torch.eye(size + 1, size, dtype=inputs.dtype, device=inputs.device))  # the last one is 0
+    if head.bias is None:
+        return rows[:size].t(), None
+    return (rows[:size] - rows[size]).t(), rows[size]
 
 
 # A weight of the adapter of that name, among those of a PEFT model
@@ -154,23 +162,27 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and (self._tower_trains() or pixel_values.requires_grad)):
             outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         features = select_image_features(outputs.hidden_states, vision_feature_layer, vision_feature_select_strategy)
+        features = _as_read_by(self.multi_modal_projector.linear_1, features)
         outputs.pooler_output = self.multi_modal_projector(features)
         return outputs
 
     def pseudo_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
         """f'_j = sum_v w_j[v] E[v], in the span of the LLM's input embeddings E; (..., d) to (..., d)."""
-        visual_words = self.vm_head(image_features).softmax(-1, dtype=torch.float32).to(image_features.dtype)
+        visual_words = self.visual_words(image_features).to(image_features.dtype)
         return visual_words @ self.get_input_embeddings().weight[: self.config.visual_vocab_size]
+
+    def visual_words(self, image_features: torch.Tensor) -> torch.Tensor:
+        """w_j = softmax(W_vm f_j), in float32; (..., d) to (..., V)."""
+        return self.vm_head(_as_read_by(self.vm_head, image_features)).softmax(-1, dtype=torch.float32)
 
     def _needs_image_graph(self):
         """Whether a batch without images must still reach the projector and the VM head, with zero gradients.
 
-        Ranks that train together need the same graph, and with the LLM frozen there is no other one.
+        Ranks that work together gather the same weights and have the same graph, and where a frozen LLM trains nothing
+        there is no other graph.
         """
-        return self.training and (
-            torch.distributed.is_initialized()
-            or not any(parameter.requires_grad for parameter in self.language_model.parameters())
-        )
+        trains_llm = any(parameter.requires_grad for parameter in self.language_model.parameters())
+        return torch.distributed.is_initialized() or (self.training and not trains_llm)
 
     def _no_image_features(self, inputs_embeds):
         """Features of no image, (0, patches, d), that depend on the vision tower and the projector."""
@@ -218,7 +230,7 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
                 )
             if image_outputs is not None:
                 image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-            elif self._needs_image_graph():
+            elif input_ids.shape[1] > 1 and self._needs_image_graph():
                 image_features = self._no_image_features(inputs_embeds)
             # A single token has been generated, so it is no placeholder: nothing to count while decoding
             if image_features is not None or input_ids.shape[1] > 1:
@@ -278,7 +290,7 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
             `torch.Tensor` of shape (images, patches, V), probabilities in float32.
         """
         image_features = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
-        return self.model.vm_head(image_features).softmax(-1, dtype=torch.float32)
+        return self.model.visual_words(image_features)
 
     def visual_word_loss(self, outputs: VWLmmModelOutputWithPast, attention_mask: torch.Tensor | None = None):
         """The visual-word loss of a batch, from what its forward pass through `self.model` returned.
@@ -286,10 +298,11 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: the sum over the scored image positions, in nats, and their number.
         """
-        positions = scored_positions(outputs.image_mask, attention_mask)  # (B, T)
+        positions = scored_positions(outputs.image_mask, attention_mask).to(outputs.last_hidden_state.device)  # (B, T)
         predicted_from = outputs.last_hidden_state[:, :-1][positions[:, 1:]]  # (N, d)
-        image_features = outputs.image_hidden_states.flatten(0, 1)[positions[outputs.image_mask]]  # (N, d)
-        image_features = image_features.to(predicted_from.device)  # of a model split across devices
+        # The device is another one in a model that is split across several
+        image_features = outputs.image_hidden_states.flatten(0, 1).to(predicted_from.device)
+        image_features = image_features[positions[outputs.image_mask.to(predicted_from.device)]]  # (N, d)
         lm_head_weight, lm_head_bias = _linear_map(self.lm_head, predicted_from)
         vm_head_weight, vm_head_bias = _linear_map(self.model.vm_head, image_features)
         loss = visual_word_loss(
