@@ -84,6 +84,7 @@ def serve(pipe, meter, run, parameters=()):
     while pipe.recv() == "go":
         for parameter in parameters:
             parameter.grad = None
+            parameter.detach().sum()  # back in memory, which may have been taken from an idle process
         meter.start()
         run()
         seconds, peak = meter.stop()
