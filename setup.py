@@ -1,4 +1,4 @@
-from setuptools import setup
+from setuptools import find_packages, setup
 
 
 setup(
@@ -9,7 +9,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=["modeling_vwlmm", "modeling_vwlmm.hub_card"],
+    packages=[*find_packages(include=["modeling_vwlmm", "modeling_vwlmm.*"]), "modeling_vwlmm.hub_card"],
     package_dir={"modeling_vwlmm.hub_card": "hub_card"},
     package_data={"modeling_vwlmm": ["chat_templates/*.jinja"], "modeling_vwlmm.hub_card": ["*.md"]},
     python_requires=">=3.10",

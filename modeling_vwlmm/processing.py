@@ -1,11 +1,13 @@
 """Processors for VW-LMM models: LLaVA's own, set up from the model's config."""
 
 import math
+from pathlib import Path
 
 from transformers import LlavaImageProcessorPil, LlavaProcessor
 
 
-IMAGE_TOKEN = "<image>"
+IMAGE_MARKER = "<image>"
+CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
 # Before the chat template of an LLM, which knows texts alone: turns lists of parts into texts, an image on a line of
 # its own before the text that follows it, as in LLaVA
 IMAGE_PARTS = """{%- set flat = namespace(messages=[]) -%}
@@ -49,11 +51,11 @@ def make_processor(config, tokenizer, image_mean, image_std, chat_template=None)
     Raises:
         ValueError: if the image token is not the config's `image_token_id`.
     """
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARKER]}, replace_extra_special_tokens=False)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
     if image_token_id != config.image_token_id:
         raise ValueError(
-            f"the tokenizer's {IMAGE_TOKEN} is token {image_token_id}, but the config's image_token_id is "
+            f"the tokenizer's {IMAGE_MARKER} is token {image_token_id}, but the config's image_token_id is "
             f"{config.image_token_id}"
         )
     # What generation needs; training pads on the right by itself. What is saved are the arguments of the constructor
@@ -79,6 +81,18 @@ def make_processor(config, tokenizer, image_mean, image_std, chat_template=None)
         patch_size=patch_size,
         num_additional_image_tokens=additional,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        image_token=IMAGE_TOKEN,
+        image_token=IMAGE_MARKER,
         chat_template=chat_template,
     )
+
+
+def read_chat_template(name: str) -> str:
+    """A chat template in Jinja: "vicuna_v1", "mistral" or "plain" (no roles); `ValueError` for any other name.
+
+    They render what the published code feeds, without the beginning-of-sequence token, which its tokenizer adds, and
+    mark with `{% generation %}` what the assistant says and the end of its turn.
+    """
+    names = sorted(path.stem for path in CHAT_TEMPLATES.glob("*.jinja"))
+    if name not in names:
+        raise ValueError(f"found chat template {name!r}, expected one of {', '.join(names)}")
+    return (CHAT_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")

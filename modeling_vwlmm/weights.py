@@ -1,13 +1,10 @@
 """Checkpoints tensor by tensor, so that a model is converted in the memory of one of its shards."""
 
-import contextlib
 import functools
 import json
 import os
 import pickle
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,30 +181,3 @@ def write_weights(folder: Path, tensors: dict[str, StoredTensor], dtype: torch.d
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder that appears under its name when all of it is written, and not at all if anything fails.
-
-    Raises:
-        FileExistsError: there is something under that name.
-    """
-    path = Path(path)
-    if path.exists() or path.is_symlink():
-        raise FileExistsError(f"{path} exists already, expected the name of a new folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o777 & ~_umask())
-        unfinished.rename(path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask

@@ -14,8 +14,8 @@ from PIL import Image
 from test_cli import CPU, data, model_folder, recipe_of  # noqa: F401
 from test_trainer import picture
 
-from modeling_vwlmm.card import BEGIN, END, write_card
 from modeling_vwlmm.cli import main
+from modeling_vwlmm.hub.card import BEGIN, END, write_card
 
 
 ROOT = Path(__file__).parent.parent

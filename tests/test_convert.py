@@ -46,7 +46,7 @@ from transformers.image_utils import OPENAI_CLIP_STD
 
 from modeling_vwlmm import weights
 from modeling_vwlmm.cli import main
-from modeling_vwlmm.published import published_name
+from modeling_vwlmm.conversion.published import published_name
 from modeling_vwlmm.trainer import VWLmmSFTTrainer
 from modeling_vwlmm.training_run import read_training_run
 

@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.data_utils import prepare_multimodal_messages
 
-from modeling_vwlmm.data import easy_vqa, kind_of, load_conversations, open_images, read_chat_template
+from modeling_vwlmm.data import easy_vqa, load_conversations, open_images
+from modeling_vwlmm.data.easy_vqa import kind_of
+from modeling_vwlmm.processing import read_chat_template
 
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "templates.json").read_text(encoding="utf-8"))

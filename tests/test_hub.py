@@ -17,9 +17,9 @@ from test_trainer import picture, tiny_processor
 from tiny import tiny_batch, tiny_model, without_labels
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from modeling_vwlmm import load_check
 from modeling_vwlmm.cli import main
-from modeling_vwlmm.repository import make_harmless, without_paths
+from modeling_vwlmm.hub import load_check
+from modeling_vwlmm.hub.repository import make_harmless, without_paths
 
 
 HOST = "anns-desktop"

@@ -18,11 +18,13 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import modeling_vwlmm
-from modeling_vwlmm import hub as hub_module
-from modeling_vwlmm import hub_mixin, repository, weights
+import modeling_vwlmm.hub.push as hub_module
+from modeling_vwlmm import weights
 from modeling_vwlmm.cli import main
-from modeling_vwlmm.hub import push
-from modeling_vwlmm.repository import check_loads, stage
+from modeling_vwlmm.hub import repository
+from modeling_vwlmm.hub.push import push
+from modeling_vwlmm.hub.repository import check_loads, stage
+from modeling_vwlmm.trainer import hub_mixin
 from modeling_vwlmm.weights import read_weights
 
 

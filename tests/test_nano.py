@@ -13,7 +13,7 @@ from test_card import ROOT, metadata_of, strange_figures
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from modeling_vwlmm.data import easy_vqa
-from modeling_vwlmm.hub import prepare
+from modeling_vwlmm.hub.push import prepare
 
 
 sys.path.insert(0, str(ROOT / "recipes" / "quickstart"))

@@ -20,9 +20,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from modeling_vwlmm import VWLmmForCausalLM, modeling_vwlmm
-from modeling_vwlmm.data import read_chat_template
-from modeling_vwlmm.processing import make_processor
-from modeling_vwlmm.trainer import PARTS, STAGES, VWLmmSFTConfig, VWLmmSFTTrainer
+from modeling_vwlmm.processing import make_processor, read_chat_template
+from modeling_vwlmm.stages import PARTS, STAGES
+from modeling_vwlmm.trainer import VWLmmSFTConfig, VWLmmSFTTrainer
 from modeling_vwlmm.visual_word_loss import visual_word_loss
 
 

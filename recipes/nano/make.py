@@ -20,10 +20,10 @@ import measure  # noqa: E402
 import read_text  # noqa: E402
 import torch  # noqa: E402
 
-from modeling_vwlmm.card import EXAMPLES  # noqa: E402
 from modeling_vwlmm.cli import main as vwlmm  # noqa: E402
 from modeling_vwlmm.data import easy_vqa, open_images  # noqa: E402
-from modeling_vwlmm.hub import prepare  # noqa: E402
+from modeling_vwlmm.hub.card import EXAMPLES  # noqa: E402
+from modeling_vwlmm.hub.push import prepare  # noqa: E402
 
 
 REPOSITORY = Path("hub_card/vwlmm-nano")

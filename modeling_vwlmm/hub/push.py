@@ -21,10 +21,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
+from ..configuration_vwlmm import VWLmmConfig
+from ..weights import name_some
 from .card import write_card
-from .configuration_vwlmm import VWLmmConfig
 from .repository import check_loads, make_harmless, read_folder, stage
-from .weights import name_some
 
 
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")

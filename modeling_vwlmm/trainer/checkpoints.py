@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from .training_run import read_training_run
+from ..training_run import read_training_run
 
 
 UNFINISHED = ".unfinished"

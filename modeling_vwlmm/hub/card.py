@@ -17,9 +17,10 @@ from PIL import Image, ImageDraw
 from transformers import AutoProcessor
 from transformers.utils import cached_file
 
-from .modeling_vwlmm import VWLmmForCausalLM
-from .training_run import read_training_run
-from .words import draw_words, top_words
+from ..modeling_vwlmm import VWLmmForCausalLM
+from ..stages import STAGES
+from ..training_run import read_training_run
+from ..words import draw_words, top_words
 
 
 BEGIN = "<!-- vwlmm card: what stands from here to its end is written anew at every push -->"
@@ -280,8 +281,6 @@ def _without_places(value):
 
 def _describe(stage, own_folders):
     """A row of the table of stages, and the stage's recipe as YAML."""
-    from .trainer import STAGES  # imports TRL
-
     recipe = stage.get("recipe") or {}
     steps = recipe.get("max_steps", -1)
     epochs = recipe.get("num_train_epochs")

@@ -3,156 +3,27 @@
 import copy
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, Image, List
 from transformers import AutoProcessor, ProcessorMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
+from ..configuration_vwlmm import VWLmmConfig
+from ..data.collator import VWLmmDataCollator
+from ..data.load import columns_of, number_samples
+from ..modeling_vwlmm import VWLmmForCausalLM
+from ..stages import STAGES, train_only
+from ..training_run import describe_run, read_training_run, write_training_run
+from ..visual_word_loss import scored_positions
 from .checkpoints import WholeCheckpoints
-from .collator import VWLmmDataCollator
-from .configuration_vwlmm import VWLmmConfig
 from .fused_head import add_visual_word_loss
 from .hub_mixin import HubMixin
 from .lora import for_language_model, keep_precision, skip_small_parts
-from .modeling_vwlmm import VWLmmForCausalLM
-from .training_run import describe_run, given_fields, read_training_run, write_training_run
-from .visual_word_loss import scored_positions
-
-
-PARTS = {
-    "vision_tower": ("model.vision_tower",),
-    "projector": ("model.multi_modal_projector",),
-    "language_model": ("model.language_model", "lm_head"),
-    "vm_head": ("model.vm_head",),
-}
-STAGES = {
-    "align": {"trainable": ["projector"], "visual_word_loss_weight": 0.0},
-    "instruct": {"trainable": ["projector", "language_model"], "visual_word_loss_weight": 0.0},
-    "visual_words": {
-        "trainable": ["vm_head"],
-        "visual_word_loss_weight": 1.0,
-        "visual_word_target": "language_model",
-    },
-    "joint": {
-        "trainable": ["projector", "language_model"],
-        "visual_word_loss_weight": 1.0,
-        "visual_word_target": "visual_words",
-    },
-}
-
-
-@dataclass
-class VWLmmSFTConfig(SFTConfig):
-    """TRL's [`~trl.SFTConfig`], with fields of its own for what VW-LMM's stages differ in.
-
-    Args:
-        stage (`str`, *optional*):
-            One of the paper's four, `"align"`, `"instruct"`, `"visual_words"` and `"joint"`: it stands for the fields
-            below, see `STAGES`, where they are not given.
-        trainable (`list[str]`, *optional*):
-            Which parts train, of `"vision_tower"`, `"projector"`, `"language_model"` (its head included) and
-            `"vm_head"`; the others are frozen. The model's own `requires_grad` if not given. With a `peft_config` the
-            language model trains through its adapter, the others whole, as `modules_to_save`.
-        visual_word_loss_weight (`float`, *optional*), visual_word_target (`str`, *optional*),
-        detach_visual_words (`bool`, *optional*):
-            Written into the model's config, see [`VWLmmConfig`]. Left as they are there if not given.
-        assistant_only_loss (`bool`, *optional*):
-            Whether `messages` are scored on what the assistant says alone, with any chat template that renders turns
-            one after another. They are, if not given.
-        skip_broken_images (`bool`, *optional*, defaults to `False`):
-            Whether a sample whose image cannot be read is left out with a warning, and counted in the log as
-            `skipped_samples`. It is an error otherwise.
-    """
-
-    stage: str | None = field(
-        default=None, metadata={"help": "align, instruct, visual_words or joint: sets the fields below if not given."}
-    )
-    trainable: list[str] | None = field(
-        default=None,
-        metadata={"help": "Parts that train, of vision_tower, projector, language_model, vm_head. All if not given."},
-    )
-    visual_word_loss_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the visual-word loss. The model config's if not given."}
-    )
-    visual_word_target: str | None = field(
-        default=None,
-        metadata={
-            "help": "'visual_words' for joint training, 'language_model' for VM-head training. The model config's if "
-            "not given."
-        },
-    )
-    detach_visual_words: bool | None = field(
-        default=None,
-        metadata={"help": "Stop the gradient through the visual words as target. The model config's if not given."},
-    )
-    assistant_only_loss: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute the text loss only on what the assistant says. So it is for `messages` if not given."
-        },
-    )
-
-    skip_broken_images: bool = field(
-        default=False,
-        metadata={"help": "Leave out samples whose image cannot be read, and count them, instead of stopping."},
-    )
-
-    def __post_init__(self):
-        self.given = given_fields(self)  # before defaults are worked out
-        super().__post_init__()
-        if isinstance(self.trainable, str):
-            self.trainable = [self.trainable]
-        if self.stage is not None and self.stage not in STAGES:
-            raise ValueError(f'stage is "{self.stage}", expected one of {", ".join(STAGES)}')
-        if self.trainable is not None and not (self.trainable and set(self.trainable) <= set(PARTS)):
-            raise ValueError(f"trainable is {self.trainable}, expected one or more of {', '.join(PARTS)}")
-        if self.visual_word_target not in (None, "visual_words", "language_model"):
-            raise ValueError(
-                f'visual_word_target is "{self.visual_word_target}", expected "visual_words" or "language_model"'
-            )
-        if self.visual_word_loss_weight is not None and not 0 <= self.visual_word_loss_weight < math.inf:
-            raise ValueError(f"visual_word_loss_weight is {self.visual_word_loss_weight}, expected 0 or more")
-
-
-def columns_of(dataset):
-    """Names of the columns of a dataset or a stream."""
-    if dataset.column_names is not None:
-        return dataset.column_names
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError("the dataset is empty")
-    return list(first)
-
-
-def number_samples(dataset):
-    """The dataset with a column `sample_index` for error messages, and a column of images if it holds only texts."""
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {name: number_samples(part) for name, part in dataset.items()}
-    columns = columns_of(dataset)
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError("the dataset is empty")
-    for column, feature in (dataset.features or {}).items():
-        # datasets' own decoding names no sample in its errors
-        if feature in (Image(), List(Image())):
-            undecoded = Image(decode=False)
-            dataset = dataset.cast_column(column, undecoded if feature == Image() else List(undecoded))
-    if not {"messages", "prompt", "image", "images"} & set(columns) or "sample_index" in columns:
-        return dataset
-    without_images = not {"image", "images"} & set(columns)
-    if isinstance(dataset, Dataset):
-        if without_images:
-            dataset = dataset.add_column("images", [[] for _ in range(len(dataset))])
-        return dataset.add_column("sample_index", list(range(len(dataset))))
-    added = {"images": []} if without_images else {}
-    return dataset.map(lambda example, index: {**example, **added, "sample_index": index}, with_indices=True)
+from .sft_config import VWLmmSFTConfig
 
 
 class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
@@ -393,14 +264,6 @@ def _load(name, args, quantization_config):
             f"{name} is an adapter: to train what it makes of its base model, vwlmm merge {name} NEW_FOLDER"
         )
     return model
-
-
-def train_only(model, parts):
-    """Freeze all of a [`VWLmmForCausalLM`] but the named parts, keys of `PARTS`."""
-    model.requires_grad_(False)
-    for part in parts:
-        for name in PARTS[part]:
-            model.get_submodule(name).requires_grad_(True)
 
 
 def _trains_only_the_vm_head(model):

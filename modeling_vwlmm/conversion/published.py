@@ -8,7 +8,19 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaTokenizer, MistralConfig, PreTrainedConfig, TokenizersBackend
 
-from .processing import IMAGE_TOKEN
+from ..configuration_vwlmm import VWLmmConfig
+from ..modeling_vwlmm import VWLmmForCausalLM
+from ..processing import IMAGE_MARKER, make_processor, read_chat_template
+from ..weights import read_weights
+from .checkpoint import (
+    RECOMPUTED,
+    Checkpoint,
+    add_new_parts,
+    fitting_weights,
+    read_generation_config,
+    read_vision_tower,
+    vision_tower_weights,
+)
 
 
 @dataclass
@@ -124,8 +136,8 @@ def published_tokenizer(folder):
         # Only an image does: its token is looked for in normalized text, and so found with what it begins. The space
         # at the very start has to come with Metaspace, which alone knows where that is; spaces of the text being
         # replaced by then, it adds one always
-        image = Regex(rf"{IMAGE_TOKEN}(?=(?!{IMAGE_TOKEN})[\s\S])")
-        backend.normalizer = normalizers.Sequence([spaces, normalizers.Replace(image, f"{IMAGE_TOKEN}▁")])
+        image = Regex(rf"{IMAGE_MARKER}(?=(?!{IMAGE_MARKER})[\s\S])")
+        backend.normalizer = normalizers.Sequence([spaces, normalizers.Replace(image, f"{IMAGE_MARKER}▁")])
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
@@ -136,6 +148,41 @@ def published_tokenizer(folder):
     tokenizer = TokenizersBackend(
         tokenizer_object=backend, model_max_length=tokenizer.model_max_length, **tokenizer.special_tokens_map
     )
-    image = AddedToken(IMAGE_TOKEN, special=True, normalized=settings.get("legacy", True) is False)
+    image = AddedToken(IMAGE_MARKER, special=True, normalized=settings.get("legacy", True) is False)
     tokenizer.add_special_tokens({"additional_special_tokens": [image]}, replace_extra_special_tokens=False)
     return tokenizer
+
+
+def from_published(folder, raw, vision_tower, variant, vm_head, seed):
+    found = read_weights(folder)
+    tensors = {published_name(name): found[name] for name in found if not RECOMPUTED.search(name)}
+    has_vm_head = "model.vm_head.weight" in tensors
+    kind = find_variant(folder, raw, has_vm_head, variant)
+    tokenizer = published_tokenizer(folder)
+    vision_tower = vision_tower or raw["mm_vision_tower"]
+    vision_config, pixels = read_vision_tower(vision_tower)
+    if kind.pseudo_image_features and not has_vm_head:
+        raise ValueError(f"{folder} has no VM head, which a model that reads pseudo image features needs")
+    config = VWLmmConfig(
+        vision_config,
+        read_text_config(kind.text_config, raw),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_MARKER),
+        vision_feature_layer=raw.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default",
+        image_aspect_ratio="pad" if raw.get("image_aspect_ratio") == "pad" else "crop",
+        pseudo_image_features=kind.pseudo_image_features,
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+    )
+    if not any(name.startswith("model.vision_tower.") for name in tensors):
+        tensors.update(vision_tower_weights(vision_tower, vision_config))
+    if not has_vm_head:
+        add_new_parts(tensors, config, vm_head, seed)
+    try:
+        tensors = fitting_weights(tensors, VWLmmForCausalLM, config, folder)
+    except ValueError as error:
+        if "vision_tower" in str(error):
+            raise ValueError(f"{error} (vision tower: {vision_tower}; --vision-tower names another)") from error
+        raise
+    template = read_chat_template(kind.chat_template)
+    processor = make_processor(config, tokenizer, pixels["image_mean"], pixels["image_std"], template)
+    return Checkpoint(config, tensors, processor, read_generation_config(folder))

@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from ..configuration_vwlmm import VWLmmConfig
+from ..modeling_vwlmm import VWLmmForCausalLM
+from ..weights import read_weights, write_weights
 from . import load_check
-from .configuration_vwlmm import VWLmmConfig
-from .modeling_vwlmm import VWLmmForCausalLM
-from .weights import read_weights, write_weights
 
 
 LARGEST_FILE = 5 * 10**9  # bytes; an upload that broke off goes on with the file where it did

@@ -1,19 +1,13 @@
 """Adapters that train the LLM of a VW-LMM model and leave its heads and its vision tower alone, through PEFT."""
 
 import copy
-import hashlib
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig
 from peft.utils import ModulesToSaveWrapper
-from transformers import AutoProcessor, BitsAndBytesConfig
-
-from .modeling_vwlmm import VWLmmForCausalLM
-from .training_run import read_training_run, write_training_run
-from .weights import new_folder
+from transformers import BitsAndBytesConfig
 
 
 # Outside of these no module gets an adapter unless its whole name is asked for
@@ -131,53 +125,4 @@ def keep_precision(model, has_autocast):
             module.modules_to_save.to(dtype)
 
 
-def merge(adapter, destination, dtype="auto"):
-    """Add an adapter's weights to those of the base model that its config names, and save a model without PEFT.
-
-    Args:
-        adapter (`str`): folder or repository.
-        destination (`str`): the folder to write, which must not exist.
-        dtype (`torch.dtype`, *optional*, defaults to `"auto"`):
-            Of the base model. Its own if not given, however it was quantized when the adapter was trained.
-
-    Raises:
-        ValueError: the adapter does not fit its base, or adding it changes nothing.
-    """
-    try:
-        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{adapter} is no adapter: expected a folder or repository with adapter_config.json"
-        ) from error
-    try:
-        base = VWLmmForCausalLM.from_pretrained(name, dtype=dtype)
-    except OSError as error:
-        raise FileNotFoundError(f"{name}, the base model of {adapter}, cannot be loaded: {error}") from error
-    if base.config.to_dict().get("quantization_config"):
-        raise ValueError(f"{name}, the base model of {adapter}, is quantized: name what it was made of in its config")
-    before = _fingerprints(base)
-    try:
-        model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
-    except (KeyError, RuntimeError) as error:  # of a tensor that is missing, or of another shape
-        raise ValueError(f"{adapter} does not fit {name}, its base model: {error}") from error
-    if _fingerprints(model) == before:
-        raise ValueError(
-            f"merging {adapter} into {name} changes nothing: its weights are zero, or too small for {model.dtype}"
-        )
-    has_processor = (Path(adapter) / "processor_config.json").is_file()
-    processor = AutoProcessor.from_pretrained(adapter if has_processor else name)
-    stages = read_training_run(adapter)
-    for name, value in (stages[-1].get("config", {}) if stages else {}).items():
-        setattr(model.config, name, value)
-    with new_folder(destination) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_training_run(folder, stages)
-
-
-def _fingerprints(model):
-    weights = model.state_dict().items()
-    return {name: hashlib.blake2b(weight.reshape(-1).view(torch.uint8).numpy()).digest() for name, weight in weights}
-
-
-__all__ = ["LoraArguments", "for_language_model", "merge"]
+__all__ = ["LoraArguments", "for_language_model"]

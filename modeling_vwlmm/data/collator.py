@@ -15,8 +15,8 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from .data import open_images
-from .processing import IMAGE_PARTS
+from ..processing import IMAGE_PARTS
+from .images import open_images
 
 
 logger = logging.get_logger(__name__)

@@ -8,8 +8,8 @@ from huggingface_hub import run_as_future
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress, logging
 
-from .hub import find_repo, push
-from .repository import stage
+from ..hub.push import find_repo, push
+from ..hub.repository import stage
 
 
 logger = logging.get_logger(__name__)

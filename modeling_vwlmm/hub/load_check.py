@@ -57,7 +57,7 @@ def main():
     here = Path(__file__).resolve().parent
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]  # its modules belong to a package
     if arguments.bare is None:
-        sys.path.append(str(here.parent))
+        sys.path.append(str(here.parent.parent))
         import modeling_vwlmm  # noqa: F401
     else:
         hide_all_but(["torch", "transformers", *arguments.bare])

@@ -1,0 +1,36 @@
+"""`vwlmm words`: visual words over images."""
+
+import argparse
+import json
+
+from .shared import load, open_pictures
+
+
+def words(argv):
+    parser = argparse.ArgumentParser(
+        prog="vwlmm words",
+        description="Draw the most probable visual word of every patch over the images.",
+        epilog="example: vwlmm words runs/quickstart/joint a.png b.png --output words.png",
+    )
+    parser.add_argument("model", help="folder or repository")
+    parser.add_argument("images", nargs="+", metavar="image")
+    parser.add_argument("--output", help="the picture to write")
+    parser.add_argument("--json", action="store_true", help="print the words and probabilities of every patch")
+    parser.add_argument("--top", type=int, default=3, help="words a patch in the JSON")
+    arguments = parser.parse_args(argv)
+    if not (arguments.output or arguments.json):
+        parser.error("nothing to do: give --output FILE.png, --json or both")
+
+    from ..words import draw_words, top_words
+
+    images = open_pictures(arguments.images)
+    model, processor = load(arguments.model)
+    found = top_words(model, processor, images, k=arguments.top)
+    if arguments.output:
+        draw_words(processor, images, found).save(arguments.output)
+    if arguments.json:
+        print(
+            json.dumps(
+                [{"image": path, "patches": patches} for path, patches in zip(arguments.images, found, strict=True)]
+            )
+        )

@@ -1,0 +1,1 @@
+"""One folder of a model made of another."""

@@ -1,0 +1,174 @@
+"""All that a folder of a model is made of, read from one and written to another."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlavaProcessor,
+    PreTrainedConfig,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from ..files import new_folder
+from ..modeling_vwlmm import VWLmmForCausalLM, VWLmmMultiModalProjector
+from ..training_run import write_training_run
+from ..weights import StoredTensor, check_weights, stored, write_weights
+
+
+# Constants that old versions of transformers saved
+RECOMPUTED = re.compile(r"(\.rotary_emb\.inv_freq|\.embeddings\.position_ids)$")
+CLIP_L_336 = "openai/clip-vit-large-patch14-336"
+
+
+@dataclass
+class Checkpoint:
+    """All that a folder of a model is made of."""
+
+    config: PreTrainedConfig
+    tensors: dict[str, StoredTensor]
+    processor: LlavaProcessor | None
+    generation_config: GenerationConfig
+
+    def save(self, destination, dtype, made_of=None):
+        with new_folder(destination) as folder:
+            write_weights(folder, self.tensors, dtype)
+            dtypes = {tensor.meta.dtype for name, tensor in self.tensors.items() if "language_model" in name}
+            self.config.dtype = dtype or max(dtypes, key=lambda dtype: dtype.itemsize)
+            self.generation_config.save_pretrained(folder)
+            if self.processor is not None:
+                self.processor.save_pretrained(folder)
+            self.config.save_pretrained(folder)
+            if made_of is not None:
+                recipe = {"output_dir": os.fspath(destination)}
+                write_training_run(folder, [{"stage": "convert", "base_model": made_of, "recipe": recipe}])
+
+
+def open_checkpoint(source):
+    folder = Path(source)
+    if not folder.is_dir():
+        files = ["*.json", "*.model", "*.jinja"]
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=[*files, "*.safetensors"]))
+            if not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(str(source), allow_patterns=[*files, "*.bin"]))
+        except HFValidationError as error:
+            raise FileNotFoundError(f"{source}: no such folder") from error
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise FileNotFoundError(f"{source} is no folder, and no repository that can be reached") from error
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected the folder of a checkpoint")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is no config: expected a JSON object")
+    return folder, raw
+
+
+def fitting_weights(tensors, model_class, config, folder):
+    """The tensors that the model of a config saves; a tied head is its embeddings."""
+    with torch.device("meta"):
+        model = model_class(config)
+    expected = model.state_dict()
+    for tied in model.all_tied_weights_keys:
+        expected.pop(tied, None)
+        tensors.pop(tied, None)
+    check_weights(tensors, expected, folder)
+    return tensors
+
+
+def add_new_parts(tensors, config, vm_head, seed):
+    """A projector and a VM head to `tensors`, where they have none."""
+    if vm_head not in ("random", "lm_head"):
+        raise ValueError(f'vm_head is "{vm_head}", expected "random" or "lm_head"')
+    with torch.device("meta"):
+        model = VWLmmForCausalLM(config)
+    embeddings = tensors[embeddings_name(model)]
+    dtype = embeddings.meta.dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {"model.multi_modal_projector.": VWLmmMultiModalProjector(config)}
+        head = nn.Linear(config.text_config.hidden_size, config.visual_vocab_size, bias=False)
+        parts["model.vm_head."] = head
+        for prefix, part in parts.items():
+            if any(name.startswith(prefix) for name in tensors):
+                continue
+            part.apply(model._init_weights)
+            tensors.update(with_prefix(prefix, part.to(dtype).state_dict(), "new"))
+    if vm_head == "lm_head":
+        lm_head = tensors.get("lm_head.weight", embeddings)
+        tensors["model.vm_head.weight"] = StoredTensor(
+            lm_head.meta[: config.visual_vocab_size],
+            lambda: lm_head.read()[: config.visual_vocab_size],
+            lm_head.source,
+        )
+
+
+def embeddings_name(model):
+    """What a model calls the weight of its LLM's input embeddings."""
+    weight = model.get_input_embeddings().weight
+    return next(name for name, parameter in model.named_parameters() if parameter is weight)
+
+
+def with_prefix(prefix, state_dict, source):
+    return stored({f"{prefix}{name}": tensor for name, tensor in state_dict.items()}, str(source))
+
+
+def vision_tower_weights(vision_tower, vision_config):
+    tower = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype="auto")
+    return with_prefix("model.vision_tower.", tower.state_dict(), vision_tower)
+
+
+def read_vision_tower(vision_tower):
+    """The config of a vision tower and what its preprocessor says."""
+    if vision_tower == CLIP_L_336 and not Path(vision_tower).is_dir():
+        config = CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        )
+        return config, {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
+    config = AutoConfig.from_pretrained(vision_tower)
+    config = getattr(config, "vision_config", config)  # of a CLIP or a SigLIP, which have an LLM beside it
+    about_the_folder = ("_name_or_path", "architectures", "dtype", "transformers_version")
+    fields = {name: value for name, value in config.to_dict().items() if name not in about_the_folder}
+    config = type(config).from_dict(fields)
+    pixels, _ = BaseImageProcessor.get_image_processor_dict(vision_tower)
+    return config, pixels
+
+
+def read_processor(folder):
+    names = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    if not any((folder / name).is_file() for name in names):
+        return None
+    return AutoProcessor.from_pretrained(folder)
+
+
+def read_generation_config(folder):
+    if not (folder / "generation_config.json").is_file():
+        return GenerationConfig()
+    config = GenerationConfig.from_pretrained(folder)
+    if not config.do_sample:
+        # Without sampling they do nothing, but transformers saves no such config
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            setattr(config, name, None)
+    return config

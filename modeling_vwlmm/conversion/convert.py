@@ -1,0 +1,112 @@
+"""Checkpoints of others become VW-LMM models, and VW-LMM models LLaVA checkpoints."""
+
+import os
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+
+from ..configuration_vwlmm import VWLmmConfig
+from ..modeling_vwlmm import VWLmmForCausalLM
+from ..processing import IMAGE_MARKER, make_processor, read_chat_template
+from .checkpoint import (
+    Checkpoint,
+    add_new_parts,
+    fitting_weights,
+    open_checkpoint,
+    read_vision_tower,
+    vision_tower_weights,
+    with_prefix,
+)
+from .llava import from_llava
+from .published import from_published
+
+
+def convert(source, destination, vision_tower=None, variant=None, vm_head="random", seed=0, dtype=None):
+    """Make a VW-LMM model of a published VW-LMM checkpoint or of a LLaVA checkpoint.
+
+    Weights keep their values and, unless `dtype` is given, their dtype. They are read and written one by one.
+
+    Args:
+        source (`str`): folder or repository of a checkpoint, in one of three layouts: VW-LMM's published one, the
+            original LLaVA-1.5's, which is the same without a VM head, and transformers' LLaVA.
+        destination (`str`): the folder to write, which must not exist.
+        vision_tower (`str`, *optional*): folder or repository of the vision tower of a published checkpoint, for its
+            config and preprocessor, and for its weights where the checkpoint has none. The one that the checkpoint's
+            `mm_vision_tower` names if not given.
+        variant (`str`, *optional*): of a published checkpoint, a key of `VARIANTS`. Found in its config if not given.
+        vm_head (`str`, *optional*, defaults to `"random"`): how a VM head starts where the checkpoint has none,
+            `"random"` or `"lm_head"`, a copy of the LLM's.
+        seed (`int`, *optional*, defaults to 0): of what starts at random.
+        dtype (`torch.dtype`, *optional*): of the weights that are written.
+
+    Raises:
+        ValueError: the checkpoint is in another layout, or its files do not fit together.
+        OSError: files are missing, or the destination exists.
+    """
+    folder, raw = open_checkpoint(source)
+    if raw.get("model_type") == "vwlmm":
+        raise ValueError(f"{source} is a VW-LMM model already")
+    if "mm_vision_tower" in raw:
+        checkpoint = from_published(folder, raw, vision_tower, variant, vm_head, seed)
+    elif raw.get("model_type") == "llava":
+        if vision_tower or variant:
+            raise ValueError(f"{source} is a LLaVA checkpoint of transformers: its config says all, give no more")
+        checkpoint = from_llava(folder, vm_head, seed)
+    else:
+        raise ValueError(
+            f'{folder / "config.json"}: found a model of type "{raw.get("model_type")}", expected a published VW-LMM '
+            "or LLaVA-1.5 checkpoint (with mm_vision_tower) or transformers' LLaVA"
+        )
+    checkpoint.save(destination, dtype, [os.fspath(name) for name in (source, vision_tower) if name])
+
+
+def combine(language_model, vision_tower, destination, vm_head="random", seed=0, dtype=None):
+    """Make a VW-LMM model, for stage 1 to start from, of an LLM and a vision tower that never met.
+
+    Args:
+        language_model (`str`): folder or repository of any LLM of transformers, or a GGUF file.
+        vision_tower (`str`): folder or repository of a vision model, alone or in a CLIP or SigLIP.
+        destination, vm_head, seed, dtype: as for [`convert`].
+    """
+    where, options = language_model, {}
+    if str(language_model).endswith(".gguf"):
+        where, options = os.path.dirname(language_model) or ".", {"gguf_file": os.path.basename(language_model)}
+    llm = AutoModelForCausalLM.from_pretrained(where, dtype="auto", **options)
+    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = read_chat_template("vicuna_v1")
+    vision_config, pixels = read_vision_tower(vision_tower)
+    text_config = llm.config.get_text_config()
+    config = VWLmmConfig(
+        vision_config,
+        text_config,
+        image_token_index=tokenizer.get_vocab().get(IMAGE_MARKER, len(tokenizer)),
+        visual_vocab_size=min(len(tokenizer), text_config.vocab_size),
+        vision_feature_select_strategy=_select_strategy(vision_config, text_config),
+        tie_word_embeddings=llm.config.tie_word_embeddings,
+    )
+    tensors = {
+        **with_prefix("model.language_model.", llm.base_model.state_dict(), language_model),
+        **with_prefix("lm_head.", llm.get_output_embeddings().state_dict(), language_model),
+        **vision_tower_weights(vision_tower, vision_config),
+    }
+    add_new_parts(tensors, config, vm_head, seed)
+    tensors = fitting_weights(tensors, VWLmmForCausalLM, config, language_model)
+    processor = make_processor(config, tokenizer, pixels["image_mean"], pixels["image_std"])
+    made_of = [os.fspath(language_model), os.fspath(vision_tower)]
+    Checkpoint(config, tensors, processor, llm.generation_config).save(destination, dtype, made_of)
+
+
+def _select_strategy(vision_config, text_config):
+    """ "full" for a tower whose tokens are its patches, "default" for one with a CLS token before them."""
+    config = VWLmmConfig(vision_config, text_config, vision_feature_select_strategy="full")
+    patch_size = getattr(vision_config, "patch_size", None)
+    if not isinstance(patch_size, int):  # a feature map, which has no such token
+        return "full"
+    height, width = config.image_size
+    return "full" if config.image_seq_length == (height // patch_size) * (width // patch_size) else "default"
+
+
+__all__ = ["combine", "convert"]

@@ -1,0 +1,126 @@
+"""LLaVA checkpoints of transformers become VW-LMM models, VW-LMM models LLaVA checkpoints."""
+
+import torch
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..configuration_vwlmm import VWLmmConfig
+from ..modeling_vwlmm import VWLmmForCausalLM
+from ..weights import StoredTensor, read_weights, stored
+from .checkpoint import (
+    RECOMPUTED,
+    Checkpoint,
+    add_new_parts,
+    embeddings_name,
+    fitting_weights,
+    open_checkpoint,
+    read_generation_config,
+    read_processor,
+)
+
+
+def from_llava(folder, vm_head, seed):
+    llava_config = LlavaConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(llava_config)
+    mapping = get_model_conversion_mapping(llava)
+    tensors = {name: tensor for name, tensor in read_weights(folder).items() if not RECOMPUTED.search(name)}
+    tensors = {_rename(name, mapping): tensor for name, tensor in tensors.items()}
+    if None in tensors:  # of several tensors one is made (experts): that takes the whole model
+        llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        tensors = stored(llava.state_dict(), str(folder))
+    tensors = fitting_weights(tensors, LlavaForConditionalGeneration, llava_config, folder)
+    processor = read_processor(folder)
+    fields = {name: getattr(llava_config, name) for name in LlavaConfig.__annotations__ if name != "model_type"}
+    config = VWLmmConfig(
+        **fields,
+        image_aspect_ratio="pad" if processor is not None and _pads(processor.image_processor) else "crop",
+        visual_vocab_size=_own_vocab_size(llava_config, processor),
+    )
+    if processor is not None and processor.patch_size is None:  # of the first LLaVA checkpoints
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = int(config.vision_feature_select_strategy == "default")
+    add_new_parts(tensors, config, vm_head, seed)
+    return Checkpoint(config, tensors, processor, read_generation_config(folder))
+
+
+def convert_to_llava(source, destination, dtype=None):
+    """Make a LLaVA checkpoint, as transformers and other runtimes read it, of a VW-LMM model: without its VM head.
+
+    Where the image token lies beyond the LLM's vocabulary, embeddings and head get rows up to it, which LLaVA looks
+    up: the mean of the others, with which a token is never the most probable.
+
+    Args: as for [`convert`].
+
+    Raises:
+        ValueError: the model is another one, or reads pseudo image features, which LLaVA cannot make.
+    """
+    folder, raw = open_checkpoint(source)
+    config = VWLmmConfig.from_dict(raw)
+    if config.pseudo_image_features:
+        raise ValueError(f"{source} reads pseudo image features, which take its VM head: LLaVA has none")
+    text_config = config.text_config.to_dict()
+    text_config["vocab_size"] = max(config.text_config.vocab_size, config.image_token_id + 1)
+    fields = {name: value for name, value in config.to_dict().items() if name in LlavaConfig.__annotations__}
+    llava_config = LlavaConfig(**{**fields, "text_config": text_config, "image_token_id": config.image_token_id})
+
+    tensors = fitting_weights(read_weights(folder), VWLmmForCausalLM, config, folder)
+    del tensors["model.vm_head.weight"]
+    with torch.device("meta"):
+        embeddings = embeddings_name(VWLmmForCausalLM(config))
+    for name in (embeddings, "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = _with_rows(tensors[name], text_config["vocab_size"])
+    try:
+        with torch.device("meta"):
+            llava = LlavaForConditionalGeneration(llava_config)
+    except AttributeError as error:  # it asks for the hidden_size of its tower
+        raise ValueError(
+            f"{source}: transformers' LLaVA takes no tower of type {config.vision_config.model_type}"
+        ) from error
+    mapping = [step.reverse_transform() for step in get_model_conversion_mapping(llava, add_legacy=False)[::-1]]
+    tensors = {_rename(name, mapping, reverse=True): tensor for name, tensor in tensors.items()}
+    if None in tensors:
+        raise ValueError(
+            f"{source}: the experts of a {config.text_config.model_type} are stored in another form, not supported"
+        )
+    llava_config.architectures = ["LlavaForConditionalGeneration"]
+    Checkpoint(llava_config, tensors, read_processor(folder), read_generation_config(folder)).save(destination, dtype)
+
+
+def _pads(image_processor):
+    return bool(getattr(image_processor, "do_pad", False))
+
+
+def _own_vocab_size(config, processor):
+    """The vocabulary that the LLM came with: without an image token that was added, and the rows after it."""
+    vocab_size, image_token_id = config.text_config.vocab_size, config.image_token_id
+    is_added = processor is None or image_token_id >= processor.tokenizer.vocab_size
+    return min(vocab_size, image_token_id) if is_added else vocab_size
+
+
+def _rename(name, mapping, reverse=False):
+    """The name that transformers gives a stored tensor; None if it makes another tensor of it."""
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    converters = [step for step in mapping if isinstance(step, WeightConverter)]
+    name, converted = rename_source_key(name, renamings, converters, reverse=reverse)
+    return name if converted is None else None
+
+
+def _with_rows(tensor, rows):
+    """The tensor with rows added, each the mean of its own, up to that many."""
+    missing = rows - tensor.meta.shape[0]
+
+    def read():
+        found = tensor.read()
+        mean = found.float().mean(0, keepdim=True).to(found.dtype)
+        return torch.cat([found, mean.expand(missing, -1)])
+
+    return StoredTensor(
+        torch.empty(rows, *tensor.meta.shape[1:], dtype=tensor.meta.dtype, device="meta"), read, tensor.source
+    )

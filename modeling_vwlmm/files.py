@@ -1,0 +1,67 @@
+"""Files of the outside world: JSON that may be anything, folders that are whole or not there."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file holds; `ValueError` with its name if it is not JSON in UTF-8."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object that a file holds; `ValueError` with its name if it holds anything else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {describe(content)}, expected a JSON object")
+    return content
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write what [`read_json`] reads."""
+    Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def describe(value) -> str:
+    if value is None or value == []:
+        return "nothing"
+    if isinstance(value, (dict, list)):
+        return "a record" if isinstance(value, dict) else "a list"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder that appears under its name when all of it is written, and not at all if anything fails.
+
+    Raises:
+        FileExistsError: there is something under that name.
+    """
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} exists already, expected the name of a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o777 & ~_umask())
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

@@ -1,0 +1,82 @@
+"""Arguments of VW-LMM's supervised fine-tuning: TRL's SFTConfig with the fields that the stages differ in."""
+
+import math
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from ..stages import PARTS, STAGES
+from ..training_run import given_fields
+
+
+@dataclass
+class VWLmmSFTConfig(SFTConfig):
+    """TRL's [`~trl.SFTConfig`], with fields of its own for what VW-LMM's stages differ in.
+
+    Args:
+        stage (`str`, *optional*):
+            One of the paper's four, `"align"`, `"instruct"`, `"visual_words"` and `"joint"`: it stands for the fields
+            below, see `STAGES`, where they are not given.
+        trainable (`list[str]`, *optional*):
+            Which parts train, of `"vision_tower"`, `"projector"`, `"language_model"` (its head included) and
+            `"vm_head"`; the others are frozen. The model's own `requires_grad` if not given. With a `peft_config` the
+            language model trains through its adapter, the others whole, as `modules_to_save`.
+        visual_word_loss_weight (`float`, *optional*), visual_word_target (`str`, *optional*),
+        detach_visual_words (`bool`, *optional*):
+            Written into the model's config, see [`VWLmmConfig`]. Left as they are there if not given.
+        assistant_only_loss (`bool`, *optional*):
+            Whether `messages` are scored on what the assistant says alone, with any chat template that renders turns
+            one after another. They are, if not given.
+        skip_broken_images (`bool`, *optional*, defaults to `False`):
+            Whether a sample whose image cannot be read is left out with a warning, and counted in the log as
+            `skipped_samples`. It is an error otherwise.
+    """
+
+    stage: str | None = field(
+        default=None, metadata={"help": "align, instruct, visual_words or joint: sets the fields below if not given."}
+    )
+    trainable: list[str] | None = field(
+        default=None,
+        metadata={"help": "Parts that train, of vision_tower, projector, language_model, vm_head. All if not given."},
+    )
+    visual_word_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the visual-word loss. The model config's if not given."}
+    )
+    visual_word_target: str | None = field(
+        default=None,
+        metadata={
+            "help": "'visual_words' for joint training, 'language_model' for VM-head training. The model config's if "
+            "not given."
+        },
+    )
+    detach_visual_words: bool | None = field(
+        default=None,
+        metadata={"help": "Stop the gradient through the visual words as target. The model config's if not given."},
+    )
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the text loss only on what the assistant says. So it is for `messages` if not given."
+        },
+    )
+
+    skip_broken_images: bool = field(
+        default=False,
+        metadata={"help": "Leave out samples whose image cannot be read, and count them, instead of stopping."},
+    )
+
+    def __post_init__(self):
+        self.given = given_fields(self)  # before defaults are worked out
+        super().__post_init__()
+        if isinstance(self.trainable, str):
+            self.trainable = [self.trainable]
+        if self.stage is not None and self.stage not in STAGES:
+            raise ValueError(f'stage is "{self.stage}", expected one of {", ".join(STAGES)}')
+        if self.trainable is not None and not (self.trainable and set(self.trainable) <= set(PARTS)):
+            raise ValueError(f"trainable is {self.trainable}, expected one or more of {', '.join(PARTS)}")
+        if self.visual_word_target not in (None, "visual_words", "language_model"):
+            raise ValueError(
+                f'visual_word_target is "{self.visual_word_target}", expected "visual_words" or "language_model"'
+            )
+        if self.visual_word_loss_weight is not None and not 0 <= self.visual_word_loss_weight < math.inf:
+            raise ValueError(f"visual_word_loss_weight is {self.visual_word_loss_weight}, expected 0 or more")
