@@ -6,7 +6,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    LlavaConfig,
     LlavaProcessor,
 )
 
@@ -22,16 +21,5 @@ AutoModelForCausalLM.register(VWLmmConfig, VWLmmForCausalLM)
 AutoModelForImageTextToText.register(VWLmmConfig, VWLmmForCausalLM)
 AutoProcessor.register(VWLmmConfig, LlavaProcessor)
 
-
-class _LlavaCheckpoint:
-    """For `AutoModelForCausalLM`, which has no LLaVA: names the command that makes a VW-LMM model of it."""
-
-    @staticmethod
-    def from_pretrained(pretrained_model_name_or_path, *args, **kwargs):
-        VWLmmConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
-
-
-# Configs of transformers need exist_ok
-AutoModelForCausalLM.register(LlavaConfig, _LlavaCheckpoint, exist_ok=True)
 
 __all__ = ["VWLmmConfig", "VWLmmForCausalLM", "VWLmmModel", "VWLmmPreTrainedModel"]

@@ -2,14 +2,14 @@
 
 import functools
 import json
-import math
-from dataclasses import fields
 from typing import Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModel, LlavaConfig
 from transformers.utils import logging
+
+from .visual_word_loss import check_loss_fields
 
 
 logger = logging.get_logger(__name__)
@@ -82,15 +82,6 @@ class VWLmmConfig(LlavaConfig):
     visual_vocab_size: int | None = None
     pseudo_image_features: bool = False
 
-    def __init__(self, vision_config=None, text_config=None, image_seq_length=None, **kwargs):
-        # The generated one takes keywords only, and the inherited one knows LLaVA's fields alone
-        for field in fields(VWLmmConfig):
-            if not hasattr(LlavaConfig, field.name):
-                setattr(self, field.name, kwargs.pop(field.name, field.default))
-        super().__init__(
-            vision_config=vision_config, text_config=text_config, image_seq_length=image_seq_length, **kwargs
-        )
-
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         vocab_size = self.text_config.vocab_size
@@ -100,22 +91,18 @@ class VWLmmConfig(LlavaConfig):
             raise ValueError(
                 f"visual_vocab_size is {self.visual_vocab_size}, but the LLM has a vocabulary of {vocab_size}"
             )
-        if not 0 <= self.visual_word_loss_weight < math.inf:
-            raise ValueError(f"visual_word_loss_weight is {self.visual_word_loss_weight}, expected 0 or more")
+        check_loss_fields(self.visual_word_loss_weight, self.visual_word_target)
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
             if getattr(self.text_config, name, None) not in (None, 1.0):
                 # LLaVA's head, a linear map, would compute other logits than this LLM does
                 raise ValueError(f"text_config has {name}: LLMs that scale or cap their logits are not supported")
         if self.image_seq_length is None:
             self.image_seq_length = self.image_feature_shape()[0]
-            patch_size = getattr(self.vision_config, "patch_size", None)
-            if self.vision_feature_select_strategy == "default" and isinstance(patch_size, int):
-                height, width = self.image_size
-                if self.image_seq_length == (height // patch_size) * (width // patch_size) - 1:
-                    logger.warning(
-                        f'vision_feature_select_strategy is "default", which drops the first token of the tower: a '
-                        f'{self.vision_config.model_type} seems to have no CLS token there, but a patch. Use "full".'
-                    )
+            if self.vision_feature_select_strategy == "default" and self.image_seq_length + 1 == self.squares():
+                logger.warning(
+                    f'vision_feature_select_strategy is "default", which drops the first token of the tower: a '
+                    f'{self.vision_config.model_type} seems to have no CLS token there, but a patch. Use "full".'
+                )
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -144,6 +131,14 @@ class VWLmmConfig(LlavaConfig):
                 f"pass {type(self.vision_config).__name__}(..., image_size=224), say"
             )
         return (size, size) if isinstance(size, int) else tuple(size)
+
+    def squares(self) -> int | None:
+        """How many squares of `patch_size` the vision tower cuts an image into; None if it makes a feature map."""
+        patch_size = getattr(self.vision_config, "patch_size", None)
+        if not isinstance(patch_size, int):
+            return None
+        height, width = self.image_size
+        return (height // patch_size) * (width // patch_size)
 
     def image_feature_shape(self) -> tuple[int, int]:
         """Patches an image becomes, and their channels before the projector.

@@ -5,13 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    Cache,
-    LlavaForConditionalGeneration,
-    LlavaModel,
-    LlavaPreTrainedModel,
-)
+from transformers import AutoModel, Cache, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import (
@@ -24,7 +18,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_vwlmm import VWLmmConfig, select_image_features
-from .visual_word_loss import scored_positions, visual_word_loss
+from .visual_word_loss import in_dtype_of, scored_positions, visual_word_loss, weight_and_bias
 
 
 @dataclass
@@ -63,26 +57,6 @@ class VWLmmMultiModalProjector(LlavaMultiModalProjector):
         self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
 
 
-def _as_read_by(linear, features):
-    """Features in the dtype of a layer, which may train in float32 beside others in 16 bits, and without autocast."""
-    dtype = linear.weight.dtype
-    return features.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else features  # not if quantized
-
-
-def _linear_map(head, inputs):
-    """Weight and bias of a head. One that has them in another form is asked for them, at the cost of d + 1 rows."""
-    weight = head.weight
-    # Sharded and quantized weights are of other types; that of a layer with an adapter (PEFT) leaves the adapter out
-    is_plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
-    if is_plain and not hasattr(head, "base_layer"):
-        return weight.to(inputs.device), head.bias
-    size = inputs.shape[-1]
-    rows = head(torch.eye(size + 1, size, dtype=inputs.dtype, device=inputs.device))  # the last one is 0
-    if head.bias is None:
-        return rows[:size].t(), None
-    return (rows[:size] - rows[size]).t(), rows[size]
-
-
 # A weight of the adapter of that name, among those of a PEFT model
 _ADAPTER_WEIGHT = re.compile(r"\.(?:lora_\w+|modules_to_save)\.(\w+)(?:\.|$)")
 
@@ -91,6 +65,15 @@ def _refuse(what, problems):
     problems = [f"{problem}: {', '.join(sorted(keys))}" for problem, keys in problems.items() if keys]
     if problems:
         raise ValueError(f"the weights in {what} do not fit: {'; '.join(problems)}")
+
+
+def _refuse_other_adapters(model, state_dict, prefix, *args):
+    """`ValueError` if PEFT loads an adapter that is not the model's: PEFT itself only warns, or says nothing."""
+    adapters = {match[1] for match in map(_ADAPTER_WEIGHT.search, state_dict) if match}
+    if adapters:
+        own = {f"{prefix}{name}" for name in model.state_dict()}
+        expected = {name for name in own if (match := _ADAPTER_WEIGHT.search(name)) and match[1] in adapters}
+        _refuse("the adapter", {"missing": expected - state_dict.keys(), "unexpected": state_dict.keys() - own})
 
 
 class VWLmmPreTrainedModel(LlavaPreTrainedModel):
@@ -102,11 +85,7 @@ class VWLmmPreTrainedModel(LlavaPreTrainedModel):
         # Otherwise a tensor of another shape is an error that does not say which checkpoint
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **kwargs,
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
         if not ignore_mismatched_sizes:
@@ -162,7 +141,7 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and (self._tower_trains() or pixel_values.requires_grad)):
             outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         features = select_image_features(outputs.hidden_states, vision_feature_layer, vision_feature_select_strategy)
-        features = _as_read_by(self.multi_modal_projector.linear_1, features)
+        features = in_dtype_of(self.multi_modal_projector.linear_1, features)
         outputs.pooler_output = self.multi_modal_projector(features)
         return outputs
 
@@ -173,7 +152,7 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
 
     def visual_words(self, image_features: torch.Tensor) -> torch.Tensor:
         """w_j = softmax(W_vm f_j), in float32; (..., d) to (..., V)."""
-        return self.vm_head(_as_read_by(self.vm_head, image_features)).softmax(-1, dtype=torch.float32)
+        return self.vm_head(in_dtype_of(self.vm_head, image_features)).softmax(-1, dtype=torch.float32)
 
     def _needs_image_graph(self):
         """Whether a batch without images must still reach the projector and the VM head, with zero gradients.
@@ -201,9 +180,6 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -241,13 +217,7 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
                     lmm_features = self.pseudo_image_features(image_features)
                 inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), lmm_features)
 
-        outputs = super().forward(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **{**kwargs, "return_dict": True},
-        )
+        outputs = super().forward(inputs_embeds=inputs_embeds, **{**kwargs, "return_dict": True})
         return VWLmmModelOutputWithPast(**{**outputs, "image_hidden_states": image_features, "image_mask": image_mask})
 
     def _check_placeholders(self, image_mask, image_features):
@@ -269,16 +239,8 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = VWLmmModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.register_load_state_dict_pre_hook(_refuse_other_adapters)
         self.post_init()
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # As PEFT loads adapters: it says nothing of modules_to_save that are missing, and warns of other weights
-        adapters = {match[1] for match in map(_ADAPTER_WEIGHT.search, state_dict) if match}
-        if adapters:
-            own = {f"{prefix}{name}" for name in self.state_dict()}
-            expected = {name for name in own if (match := _ADAPTER_WEIGHT.search(name)) and match[1] in adapters}
-            _refuse("the adapter", {"missing": expected - state_dict.keys(), "unexpected": state_dict.keys() - own})
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def visual_words(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The visual words of images: w_j = softmax(W_vm f_j).
@@ -303,8 +265,8 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
         # The device is another one in a model that is split across several
         image_features = outputs.image_hidden_states.flatten(0, 1).to(predicted_from.device)
         image_features = image_features[positions[outputs.image_mask.to(predicted_from.device)]]  # (N, d)
-        lm_head_weight, lm_head_bias = _linear_map(self.lm_head, predicted_from)
-        vm_head_weight, vm_head_bias = _linear_map(self.model.vm_head, image_features)
+        lm_head_weight, lm_head_bias = weight_and_bias(self.lm_head, predicted_from)
+        vm_head_weight, vm_head_bias = weight_and_bias(self.model.vm_head, image_features)
         loss = visual_word_loss(
             predicted_from,
             lm_head_weight,

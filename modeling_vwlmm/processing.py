@@ -86,6 +86,15 @@ def make_processor(config, tokenizer, image_mean, image_std, chat_template=None)
     )
 
 
+def patch_grid(processor: LlavaProcessor, patches: int) -> tuple[int, int]:
+    """Rows and columns of the patches of an image, which stand row by row; `ValueError` if they are no grid."""
+    size = processor.image_processor.crop_size
+    rows, columns = size.height // processor.patch_size, size.width // processor.patch_size
+    if rows * columns != patches:
+        raise ValueError(f"{patches} patches are no grid over an image of {size.width} x {size.height} pixels")
+    return rows, columns
+
+
 def read_chat_template(name: str) -> str:
     """A chat template in Jinja: "vicuna_v1", "mistral" or "plain" (no roles); `ValueError` for any other name.
 

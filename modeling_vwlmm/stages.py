@@ -1,5 +1,8 @@
 """Which parts of a model the stages of VW-LMM train, with which loss."""
 
+import torch
+
+
 PARTS = {
     "vision_tower": ("model.vision_tower",),
     "projector": ("model.multi_modal_projector",),
@@ -22,7 +25,16 @@ STAGES = {
 }
 
 
-def train_only(model, parts):
+def trained_parts(model: torch.nn.Module) -> list[str]:
+    """The parts of a [`VWLmmForCausalLM`], keys of `PARTS`, of which something trains: weights or an adapter."""
+    return [
+        part
+        for part, names in PARTS.items()
+        if any(parameter.requires_grad for name in names for parameter in model.get_submodule(name).parameters())
+    ]
+
+
+def train_only(model: torch.nn.Module, parts: list[str]) -> None:
     """Freeze all of a [`VWLmmForCausalLM`] but the named parts, keys of `PARTS`."""
     model.requires_grad_(False)
     for part in parts:

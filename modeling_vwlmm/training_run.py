@@ -1,6 +1,5 @@
 """The record of a run that every folder of a trained model holds: what was trained, from what, how and where."""
 
-import json
 import os
 import platform
 import re
@@ -10,9 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from transformers.utils import cached_file
+
+from .files import read_json, write_json
 
 
 TRAINING_RUN_NAME = "training_run.json"
@@ -33,22 +33,16 @@ def read_training_run(folder: str | os.PathLike) -> list[dict]:
     Raises:
         ValueError: the file is there, but holds something else.
     """
-    try:
-        if not os.path.isdir(folder):
-            validate_repo_id(str(folder))
-    except HFValidationError:  # of a folder that is gone
-        return []
-    path = cached_file(
-        folder,
-        TRAINING_RUN_NAME,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if path is None:
+    path = Path(folder) / TRAINING_RUN_NAME
+    if not os.path.isdir(folder):
+        try:
+            path = Path(hf_hub_download(os.fspath(folder), TRAINING_RUN_NAME))
+        except (OSError, HFValidationError):  # the repository has no such file or cannot be reached
+            return []
+    if not path.is_file():
         return []
     try:
-        stages = json.loads(Path(path).read_text(encoding="utf-8"))
+        stages = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is no record of a training run: {error}") from error
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
@@ -58,8 +52,7 @@ def read_training_run(folder: str | os.PathLike) -> list[dict]:
 
 def write_training_run(folder: str | os.PathLike, stages: list[dict]) -> None:
     """Write what [`read_training_run`] reads."""
-    path = Path(folder) / TRAINING_RUN_NAME
-    path.write_text(json.dumps(stages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(Path(folder) / TRAINING_RUN_NAME, stages)
 
 
 def given_fields(arguments, names=None) -> dict:
@@ -73,13 +66,14 @@ def given_fields(arguments, names=None) -> dict:
     return _plain(given)
 
 
-def describe_run(base_model, config, args, peft_config=None, dataset=None, recipe=None) -> dict:
+def describe_run(base_model, config, args, trainable, peft_config=None, dataset=None, recipe=None) -> dict:
     """The record of one stage.
 
     Args:
         base_model (`str`): the name of the model that it starts from, as given.
         config ([`VWLmmConfig`]): of the model as it is trained, for which an adapter has no other place.
         args ([`VWLmmSFTConfig`]): of the trainer.
+        trainable (`list[str]`): the parts that train, see [`trained_parts`].
         peft_config ([`~peft.PeftConfig`], *optional*): of the adapter, if one is trained.
         dataset (`str`, *optional*): its name, as given.
         recipe (`dict`): the fields that were given.
@@ -89,6 +83,7 @@ def describe_run(base_model, config, args, peft_config=None, dataset=None, recip
         "stage": args.stage,
         "base_model": base_model or None,
         "dataset": dataset,
+        "trainable": trainable,
         "recipe": _plain(recipe),
         "config": {name: getattr(config, name) for name in TRAINED_WITH},
         "peft": None if peft_config is None else {**given_fields(peft_config, _LORA), **given_fields(peft_config)},

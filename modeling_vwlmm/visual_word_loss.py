@@ -3,14 +3,25 @@
 import math
 
 import torch
+from torch import nn
 
 
+TARGETS = ("visual_words", "language_model")
 # Rows of a tile, each of which takes 2 V numbers, and 4 V on a GPU: few enough for memory to stay low, and enough for
 # matrix products to be fast. 288 is half of an image of CLIP ViT-L/14 at 336 pixels
 CPU_TILE_ROWS = 288
 GPU_TILE_LOGITS = 2**24
 # Of a tile, what a CPU turns into gradients at once, for it to stay in its cache
 CPU_BLOCK_LOGITS = 2**18
+
+
+def check_loss_fields(visual_word_loss_weight: float | None = None, visual_word_target: str | None = None) -> None:
+    """`ValueError` if a field of the loss has a value that it cannot have. None stands for one that is not given."""
+    if visual_word_target not in (None, *TARGETS):
+        expected = " or ".join(f'"{target}"' for target in TARGETS)
+        raise ValueError(f'visual_word_target is "{visual_word_target}", expected {expected}')
+    if visual_word_loss_weight is not None and not 0 <= visual_word_loss_weight < math.inf:
+        raise ValueError(f"visual_word_loss_weight is {visual_word_loss_weight}, expected 0 or more")
 
 
 def scored_positions(image_mask, attention_mask=None):
@@ -27,6 +38,33 @@ def scored_positions(image_mask, attention_mask=None):
     preceded = preceded.roll(1, dims=1)
     preceded[:, 0] = False
     return image_mask & preceded
+
+
+def in_dtype_of(linear: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """Features in the dtype of the layer that reads them: one that trains may be in float32 beside others in 16 bits.
+
+    A quantized weight has no such dtype, so that its features stay as they are.
+    """
+    dtype = linear.weight.dtype
+    return features.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else features
+
+
+def weight_and_bias(head: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight (V, d) and the bias (V,) of a head, None if it has no bias; `inputs` (..., d) are what it will read.
+
+    A head that is sharded, quantized or adapted has no plain weight: its linear map is read off the rows of the
+    identity, d + 1 of them.
+    """
+    weight = head.weight
+    # Sharded and quantized weights are of other types. PEFT keeps an adapter beside the weight of the layer
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
+    if is_plain and not hasattr(head, "base_layer"):
+        return weight.to(inputs.device), head.bias
+    size = inputs.shape[-1]
+    rows = head(torch.eye(size + 1, size, dtype=inputs.dtype, device=inputs.device))  # the last one is 0
+    if head.bias is None:
+        return rows[:size].t(), None
+    return (rows[:size] - rows[size]).t(), rows[size]
 
 
 def visual_word_loss(
@@ -65,12 +103,11 @@ def visual_word_loss(
     """
     language_model = hidden_states, lm_head_weight, lm_head_bias
     visual_words = image_features, vm_head_weight, vm_head_bias
+    check_loss_fields(visual_word_target=target)
     if target == "visual_words":
         target_head, predicting_head = visual_words, language_model
-    elif target == "language_model":
-        target_head, predicting_head = language_model, visual_words
     else:
-        raise ValueError(f'visual_word_target is "{target}", expected "visual_words" or "language_model"')
+        target_head, predicting_head = language_model, visual_words
     if detach_visual_words or target == "language_model":
         target_head = [None if tensor is None else tensor.detach() for tensor in target_head]
     return _linear_kl(target_head, predicting_head, vm_head_weight.shape[0])
@@ -105,19 +142,19 @@ def _linear_kl(target, predicting, vocab_size):
 
 
 def _kl_and_gradients_(a, b, needs_target_grad):
-    """KL(t || q) of every row, t = softmax(a) and q = softmax(b). The logits are overwritten with their gradients.
+    """KL(target || predicted) of every row, target = softmax(a) and predicted = softmax(b).
 
-    With g = a - b and its mean m = sum_v t g, it is m - logsumexp(a) + logsumexp(b), and its gradients are t (g - m)
-    for a and q - t for b.
+    The logits are overwritten with their gradients. With the gap g = a - b and its mean m = sum_v target[v] g[v], the
+    divergence is m - logsumexp(a) + logsumexp(b). Its gradients are target (g - m) for a, predicted - target for b.
     """
-    t, q = a.softmax(-1), b.softmax(-1)
+    target, predicted = a.softmax(-1), b.softmax(-1)
     # The largest probability is exp(max - logsumexp)
-    logsumexps = b.amax(-1) - a.amax(-1) + t.amax(-1).log_() - q.amax(-1).log_()
-    mean = a.sub_(b).mul_(t).sum(-1)
+    logsumexps = b.amax(-1) - a.amax(-1) + target.amax(-1).log_() - predicted.amax(-1).log_()
+    mean_gap = a.sub_(b).mul_(target).sum(-1)
     if needs_target_grad:
-        a.addcmul_(t, mean.unsqueeze(-1), value=-1)
-    torch.sub(q, t, out=b)
-    return mean + logsumexps
+        a.addcmul_(target, mean_gap.unsqueeze(-1), value=-1)
+    torch.sub(predicted, target, out=b)
+    return mean_gap + logsumexps
 
 
 class _Head:
@@ -127,7 +164,8 @@ class _Head:
         device = inputs.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
-        # Most of q - t is too small for float16. It is smaller than 1, and t (g - m) hardly ever larger than 100
+        # Gradients of logits are smaller than 1, those of a target hardly ever larger than 100, and most too small for
+        # float16
         self.scale = 256 if dtype == torch.float16 else 1
         self.inputs = inputs.detach().to(dtype)
         self.weight = weight.detach()[:vocab_size].to(dtype)

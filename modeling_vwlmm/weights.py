@@ -13,12 +13,15 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
 )
+
+from .files import read_json
 
 
 MAX_SHARD_SIZE = "2GB"
@@ -69,7 +72,7 @@ def read_weights(folder: str | os.PathLike) -> dict[str, StoredTensor]:
 
 def _read_shards(index: Path, read) -> dict[str, StoredTensor]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         shards = sorted({os.fspath(shard) for shard in weight_map.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{index} is no index of shards: expected a JSON object with a "weight_map"') from error
@@ -107,9 +110,8 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _dtype_of(tensor_slice) -> torch.dtype:
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
-    # No other stands for a weight or a counter
-    return getattr(torch, names.get(tensor_slice.get_dtype(), "uint8"))
+    # transformers lacks those in less than 8 bits, which are no weights of ours: their kind is what is refused
+    return str_to_torch_dtype.get(tensor_slice.get_dtype(), torch.uint8)
 
 
 def _read_bin(path: Path) -> dict[str, StoredTensor]:

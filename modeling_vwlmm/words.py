@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .processing import patch_grid
+
 
 def top_words(model, processor, images, k=3):
     """The most probable words of every patch.
@@ -71,10 +73,10 @@ def draw_words(processor, images, words, captions=None, size=384, columns=2):
     for index, (image, patches) in enumerate(zip(images, words, strict=True)):
         left, top = index % columns * width + margin, index // columns * height + margin
         seen = seen_image(processor, image)
-        rows = _rows(len(patches), seen)
+        grid = patch_grid(processor, len(patches))
         seen = seen.resize((size, size), Image.Resampling.NEAREST)
         picture.paste(seen, (left, top))
-        picture.paste(_overlay(seen, patches, rows), (left + size + margin // 2, top))
+        picture.paste(_overlay(seen, patches, *grid), (left + size + margin // 2, top))
         if captions:
             draw.text(
                 (left, top + size + line // 4), captions[index], fill="black", font=ImageFont.load_default(line * 0.6)
@@ -82,8 +84,7 @@ def draw_words(processor, images, words, captions=None, size=384, columns=2):
     return picture
 
 
-def _overlay(image, patches, rows):
-    columns = len(patches) // rows
+def _overlay(image, patches, rows, columns):
     image = image.convert("RGBA")
     layer = Image.new("RGBA", image.size)
     draw = ImageDraw.Draw(layer)
@@ -96,14 +97,6 @@ def _overlay(image, patches, rows):
         shade = 70 + round(185 * probability)
         draw.text((x + width / 2, y + height / 2), word, fill=(0, 0, 0, shade), font=font, anchor="mm")
     return Image.alpha_composite(image, layer).convert("RGB")
-
-
-def _rows(patches, image):
-    """Rows of the grid of that many patches over an image."""
-    rows = max(1, round(math.sqrt(patches * image.height / image.width)))
-    if patches % rows or patches // rows != round(rows * image.width / image.height):
-        raise ValueError(f"{patches} patches are no grid over an image of {image.width} x {image.height} pixels")
-    return rows
 
 
 def _font_size(word, cell):

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.cli import main
-from modeling_vwlmm.words import _rows, draw_words, seen_image, top_words
+from modeling_vwlmm.processing import patch_grid
+from modeling_vwlmm.words import draw_words, seen_image, top_words
 
 
 ROOT = Path(__file__).parent.parent
@@ -269,5 +270,5 @@ def test_the_grid_of_words_is_that_of_the_tower(tower):
     processor = tiny_processor(model.config)
     words = top_words(model, processor, [picture(0)])
     rows, columns = TOWERS[tower][2]
-    assert _rows(len(words[0]), seen_image(processor, picture(0))) == rows and len(words[0]) == rows * columns
+    assert patch_grid(processor, len(words[0])) == (rows, columns)
     assert draw_words(processor, [picture(0)], words).size[0] > 0

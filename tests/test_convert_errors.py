@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,14 @@ from published import PUBLISHED, write_published
 from safetensors.torch import load_file, save_file
 from test_convert import write_llava
 from tiny import tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig
 
 from modeling_vwlmm import VWLmmConfig, VWLmmForCausalLM, weights
 from modeling_vwlmm.cli import main
+
+
+CPU = ["--use_cpu", "true", "--bf16", "false"]
+NANO = Path(__file__).parent.parent / "hub_card" / "vwlmm-nano"
 
 
 @pytest.fixture
@@ -282,17 +287,29 @@ def test_a_kill_leaves_no_folder_that_looks_finished(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["published", "original", "llava"])
-def test_loading_what_is_not_converted_names_the_command(tmp_path, layout):
+def test_loading_what_is_not_converted_names_the_command(tmp_path, capsys, layout):
     source = tmp_path / "source"
-    loads = [VWLmmForCausalLM.from_pretrained, VWLmmConfig.from_pretrained, AutoModelForCausalLM.from_pretrained]
     if layout == "llava":
         write_llava(source)
     else:
         write_published(source, raw={"model_type": "llava" if layout == "published" else "llava_llama"})
-    if layout == "original":  # a type that transformers does not know
-        loads.pop()
-    for load in loads:
+    for load in (VWLmmForCausalLM.from_pretrained, VWLmmConfig.from_pretrained):
         with pytest.raises(ValueError, match=f"vwlmm convert {source} "):
             load(source)
-    if layout == "llava":  # which stays what it is
-        AutoModelForImageTextToText.from_pretrained(source)
+    for verb, arguments in (
+        ("generate", [str(source), str(NANO / "examples" / "0.png"), "--prompt", "what is this?"]),
+        (
+            "train",
+            [*CPU, "--model", str(source), "--dataset", "easy-vqa/caption", "--output_dir", str(tmp_path / "out")],
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([verb, *arguments])
+        assert stop.value.code == 2
+        assert f"vwlmm convert {source} " in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_llava_of_transformers_stays_what_it_is(tmp_path):
+    write_llava(tmp_path / "llava")
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "llava")
+    assert LlavaConfig not in AutoModelForCausalLM._model_mapping

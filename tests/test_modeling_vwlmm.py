@@ -582,7 +582,7 @@ def test_config_errors(config, message):
 
 
 def test_config_defaults():
-    config = VWLmmConfig(tower_config(), llm_config())
+    config = VWLmmConfig(vision_config=tower_config(), text_config=llm_config())
     assert config.visual_vocab_size == VOCAB_SIZE and config.image_seq_length == 4
     assert config.visual_word_loss_weight == 1.0 and config.visual_word_target == "visual_words"
     assert not config.detach_visual_words and not config.pseudo_image_features
@@ -661,7 +661,9 @@ def test_a_batch_of_text_alone_among_processes_that_train_together(monkeypatch):
 
 def test_a_batch_of_text_alone_with_a_tower_of_one_channel():
     tower = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], image_size=16)
-    config = VWLmmConfig(tower, llm_config(), image_token_index=IMAGE_BEYOND, vision_feature_layer=-1)
+    config = VWLmmConfig(
+        vision_config=tower, text_config=llm_config(), image_token_index=IMAGE_BEYOND, vision_feature_layer=-1
+    )
     model = randomize(VWLmmForCausalLM(config)).train()
     model.model.language_model.requires_grad_(False)
     model(**tiny_batch(config, TEXT_ROWS)).loss.backward()
@@ -699,7 +701,11 @@ def test_bfloat16(tower, pseudo):
 
 def test_llms_whose_head_is_not_a_linear_map_are_refused():
     with pytest.raises(ValueError, match="text_config has final_logit_softcapping"):
-        VWLmmConfig(tower_config(), Gemma2Config(vocab_size=99, num_hidden_layers=1), image_token_index=99)
+        VWLmmConfig(
+            vision_config=tower_config(),
+            text_config=Gemma2Config(vocab_size=99, num_hidden_layers=1),
+            image_token_index=99,
+        )
 
 
 def test_placeholders_are_no_labels():

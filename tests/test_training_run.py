@@ -15,7 +15,7 @@ from modeling_vwlmm.trainer import VWLmmSFTTrainer
 from modeling_vwlmm.training_run import read_training_run
 
 
-KEYS = {"stage", "base_model", "dataset", "recipe", "config", "peft", "versions", "hardware", "seed"}
+KEYS = {"stage", "base_model", "dataset", "trainable", "recipe", "config", "peft", "versions", "hardware", "seed"}
 SAVES = ["--save_strategy", "steps", "--save_steps", "1"]
 
 
@@ -28,6 +28,7 @@ def test_every_folder_holds_the_record_of_all_stages(tmp_path, monkeypatch, mode
     assert first.keys() == KEYS
     assert first["stage"] == "joint" and first["base_model"] == "model" and first["dataset"] == str(data)
     assert first["config"]["visual_word_target"] == "visual_words"
+    assert first["trainable"] == ["projector", "language_model"]
     assert first["peft"] is None and first["seed"] == 3
     assert first["hardware"].keys() == {"device", "processes"} and first["hardware"]["processes"] == 1
     assert first["versions"]["torch"] == torch.__version__ and first["versions"].keys() >= {"python", "modeling_vwlmm"}

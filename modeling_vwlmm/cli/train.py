@@ -29,7 +29,6 @@ class TrainArguments:
 def train(argv):
     import torch
     import yaml
-    from transformers import AutoProcessor
     from trl import TrlParser
 
     from ..data.load import load_dataset
@@ -73,7 +72,6 @@ def train(argv):
         args=config,
         train_dataset=dataset,
         eval_dataset=eval_dataset,
-        processing_class=AutoProcessor.from_pretrained(arguments.model),
         peft_config=lora.peft_config(),
         quantization_config=lora.quantization_config(torch.bfloat16 if config.bf16 else torch.float32),
         given={"dataset": arguments.dataset, "recipe": recipe},

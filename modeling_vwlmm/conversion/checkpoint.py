@@ -1,6 +1,5 @@
 """All that a folder of a model is made of, read from one and written to another."""
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..files import new_folder
+from ..files import new_folder, read_json_object
 from ..modeling_vwlmm import VWLmmForCausalLM, VWLmmMultiModalProjector
 from ..training_run import write_training_run
 from ..weights import StoredTensor, check_weights, stored, write_weights
@@ -71,13 +70,7 @@ def open_checkpoint(source):
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected the folder of a checkpoint")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} is no config: expected a JSON object")
-    return folder, raw
+    return folder, read_json_object(path)
 
 
 def fitting_weights(tensors, model_class, config, folder):

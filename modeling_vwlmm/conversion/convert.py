@@ -80,8 +80,8 @@ def combine(language_model, vision_tower, destination, vm_head="random", seed=0,
     vision_config, pixels = read_vision_tower(vision_tower)
     text_config = llm.config.get_text_config()
     config = VWLmmConfig(
-        vision_config,
-        text_config,
+        vision_config=vision_config,
+        text_config=text_config,
         image_token_index=tokenizer.get_vocab().get(IMAGE_MARKER, len(tokenizer)),
         visual_vocab_size=min(len(tokenizer), text_config.vocab_size),
         vision_feature_select_strategy=_select_strategy(vision_config, text_config),
@@ -101,12 +101,9 @@ def combine(language_model, vision_tower, destination, vm_head="random", seed=0,
 
 def _select_strategy(vision_config, text_config):
     """ "full" for a tower whose tokens are its patches, "default" for one with a CLS token before them."""
-    config = VWLmmConfig(vision_config, text_config, vision_feature_select_strategy="full")
-    patch_size = getattr(vision_config, "patch_size", None)
-    if not isinstance(patch_size, int):  # a feature map, which has no such token
-        return "full"
-    height, width = config.image_size
-    return "full" if config.image_seq_length == (height // patch_size) * (width // patch_size) else "default"
+    config = VWLmmConfig(vision_config=vision_config, text_config=text_config, vision_feature_select_strategy="full")
+    # A feature map, which is not cut into squares, has no such token
+    return "full" if config.squares() in (None, config.image_seq_length) else "default"
 
 
 __all__ = ["combine", "convert"]

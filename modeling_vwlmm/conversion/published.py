@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaTokenizer, MistralConfig, PreTrainedConfig, TokenizersBackend
 
 from ..configuration_vwlmm import VWLmmConfig
+from ..files import read_json_object
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..processing import IMAGE_MARKER, make_processor, read_chat_template
 from ..weights import read_weights
@@ -124,7 +125,7 @@ def published_tokenizer(folder):
     folder = Path(folder)
     if not (folder / "tokenizer.model").is_file():
         raise FileNotFoundError(f"{folder / 'tokenizer.model'}: no such file, expected a sentencepiece model")
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings = read_json_object(folder / "tokenizer_config.json")
     tokenizer = LlamaTokenizer.from_pretrained(folder)
     backend = tokenizer.backend_tokenizer
     spaces = normalizers.Replace(" ", "▁")
@@ -164,8 +165,8 @@ def from_published(folder, raw, vision_tower, variant, vm_head, seed):
     if kind.pseudo_image_features and not has_vm_head:
         raise ValueError(f"{folder} has no VM head, which a model that reads pseudo image features needs")
     config = VWLmmConfig(
-        vision_config,
-        read_text_config(kind.text_config, raw),
+        vision_config=vision_config,
+        text_config=read_text_config(kind.text_config, raw),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_MARKER),
         vision_feature_layer=raw.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy="full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default",

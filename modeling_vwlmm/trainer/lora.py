@@ -9,12 +9,16 @@ from peft import LoraConfig
 from peft.utils import ModulesToSaveWrapper
 from transformers import BitsAndBytesConfig
 
+from ..stages import PARTS
 
-# Outside of these no module gets an adapter unless its whole name is asked for
-_NOT_IN_THE_LLM = r"(?!model\.language_model\.).*"
-# What stays as it is when the LLM is quantized: small, or read as a plain weight by the losses
-NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "model.vm_head", "lm_head"]
-SAVED_WHOLE = {"vision_tower": "vision_tower", "projector": "multi_modal_projector", "vm_head": "vm_head"}
+
+LLM = PARTS["language_model"][0]
+# PEFT puts no adapter on what this matches, which is all but the LLM
+_NOT_IN_THE_LLM = rf"(?!{re.escape(LLM)}\.).*"
+# bitsandbytes leaves these as they are: they are small, and the losses read the weights of the two heads
+NOT_QUANTIZED = [name for names in PARTS.values() for name in names if name != LLM]
+# PEFT finds a module that trains whole by the end of its name
+SAVED_WHOLE = {part: names[0].rpartition(".")[2] for part, names in PARTS.items() if part != "language_model"}
 
 
 @dataclass

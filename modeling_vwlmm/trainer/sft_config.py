@@ -1,12 +1,12 @@
 """Arguments of VW-LMM's supervised fine-tuning: TRL's SFTConfig with the fields that the stages differ in."""
 
-import math
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
 from ..stages import PARTS, STAGES
 from ..training_run import given_fields
+from ..visual_word_loss import check_loss_fields
 
 
 @dataclass
@@ -74,9 +74,4 @@ class VWLmmSFTConfig(SFTConfig):
             raise ValueError(f'stage is "{self.stage}", expected one of {", ".join(STAGES)}')
         if self.trainable is not None and not (self.trainable and set(self.trainable) <= set(PARTS)):
             raise ValueError(f"trainable is {self.trainable}, expected one or more of {', '.join(PARTS)}")
-        if self.visual_word_target not in (None, "visual_words", "language_model"):
-            raise ValueError(
-                f'visual_word_target is "{self.visual_word_target}", expected "visual_words" or "language_model"'
-            )
-        if self.visual_word_loss_weight is not None and not 0 <= self.visual_word_loss_weight < math.inf:
-            raise ValueError(f"visual_word_loss_weight is {self.visual_word_loss_weight}, expected 0 or more")
+        check_loss_fields(self.visual_word_loss_weight, self.visual_word_target)

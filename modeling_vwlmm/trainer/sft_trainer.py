@@ -16,7 +16,7 @@ from ..configuration_vwlmm import VWLmmConfig
 from ..data.collator import VWLmmDataCollator
 from ..data.load import columns_of, number_samples
 from ..modeling_vwlmm import VWLmmForCausalLM
-from ..stages import STAGES, train_only
+from ..stages import STAGES, train_only, trained_parts
 from ..training_run import describe_run, read_training_run, write_training_run
 from ..visual_word_loss import scored_positions
 from .checkpoints import WholeCheckpoints
@@ -122,7 +122,14 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         self._eval_sums = defaultdict(float)
         self._skipped_samples = {"train": 0, "eval": 0}
         peft_config = self.model.active_peft_config if is_peft_model(model) else kwargs["peft_config"]
-        run = describe_run(name, base_model.config, args, peft_config, **{"recipe": args.given, **(given or {})})
+        run = describe_run(
+            name,
+            base_model.config,
+            args,
+            trained_parts(base_model),
+            peft_config,
+            **{"recipe": args.given, **(given or {})},
+        )
         self.stages = [*(read_training_run(name) if name else []), run]
         if is_peft_model(self.model) and not is_deepspeed_zero3_enabled():  # which takes one dtype alone
             keep_precision(self.model, has_autocast=args.bf16 or args.fp16)
