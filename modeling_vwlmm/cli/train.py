@@ -74,7 +74,7 @@ def train(argv):
         eval_dataset=eval_dataset,
         peft_config=lora.peft_config(),
         quantization_config=lora.quantization_config(torch.bfloat16 if config.bf16 else torch.float32),
-        given={"dataset": arguments.dataset, "recipe": recipe},
+        run_record={"dataset": arguments.dataset, "recipe": recipe},
     )
     if config.resume_from_checkpoint is None:
         checkpoint = own_checkpoint(config.output_dir, trainer.stages)

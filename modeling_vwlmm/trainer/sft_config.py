@@ -66,7 +66,7 @@ class VWLmmSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        self.given = given_fields(self)  # before defaults are worked out
+        self.given_fields = given_fields(self)  # before defaults are worked out
         super().__post_init__()
         if isinstance(self.trainable, str):
             self.trainable = [self.trainable]

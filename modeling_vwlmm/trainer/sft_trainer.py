@@ -1,28 +1,29 @@
-"""Supervised fine-tuning of VW-LMM models: TRL's SFTTrainer and the visual-word loss."""
+"""Supervised fine-tuning of VW-LMM models: TRL's SFTTrainer with the visual-word loss."""
 
 import copy
 import math
 from collections import defaultdict
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import AutoProcessor, ProcessorMixin
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.modeling_utils import set_zero3_state
 from trl import SFTTrainer
-from trl.trainer.utils import create_model_from_path
 
-from ..configuration_vwlmm import VWLmmConfig
 from ..data.collator import VWLmmDataCollator
 from ..data.load import columns_of, number_samples
 from ..modeling_vwlmm import VWLmmForCausalLM
-from ..stages import STAGES, train_only, trained_parts
+from ..stages import trained_parts
 from ..training_run import describe_run, read_training_run, write_training_run
 from ..visual_word_loss import scored_positions
 from .checkpoints import WholeCheckpoints
 from .fused_head import add_visual_word_loss
 from .hub_mixin import HubMixin
-from .lora import for_language_model, keep_precision, skip_small_parts
+from .lora import keep_precision
+from .model import load_model, set_stage, trains_only_the_vm_head
 from .sft_config import VWLmmSFTConfig
 
 
@@ -31,11 +32,21 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
 
     With lambda the model config's `visual_word_loss_weight`, the loss is TRL's plus lambda times the mean of the
     visual-word loss over the scored image positions of all micro-batches and ranks of a step. At lambda = 0 training
-    is TRL's, step by step. The log has both, `lm_loss` and `vw_loss` (0 where nothing is scored).
+    is TRL's, step by step. Where only the VM head trains, the loss of the text cannot fall, so that it is left out.
+    The log has both, `lm_loss` and `vw_loss` (0 where nothing is scored).
 
-    Takes the arguments of [`~trl.SFTTrainer`], `args` a [`VWLmmSFTConfig`] and `model` a [`VWLmmForCausalLM`], or the
-    name of one, or a PEFT model around one. `given` is for the record of the run, see [`describe_run`]: the name of
-    the `dataset` and the `recipe`, which is what differs from the defaults of `args` if not given.
+    Args:
+        model ([`VWLmmForCausalLM`], [`~peft.PeftModel`] or `str`): the model, an adapter around it, or its name.
+        args ([`VWLmmSFTConfig`], *optional*): settings.
+        data_collator, train_dataset, eval_dataset, processing_class: as in TRL. Without a `data_collator`, data with
+            images gets a [`VWLmmDataCollator`]; without a `processing_class`, the model's own processor is loaded.
+        run_record (`dict`, *optional*): what the record of the run says beside what the trainer knows, see
+            [`describe_run`]: the name of the `dataset`, and the `recipe` instead of what differs from the defaults.
+        kwargs: the other arguments of TRL's trainer.
+
+    Raises:
+        TypeError: `args` or `model` is of another class.
+        ValueError: settings do not fit each other or the model.
     """
 
     _name = "VW-LMM"
@@ -43,37 +54,27 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
 
     def __init__(
         self,
-        model,
+        model: VWLmmForCausalLM | PeftModel | str,
         args: VWLmmSFTConfig | None = None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        given: dict | None = None,
-        **kwargs,
+        data_collator: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        run_record: dict[str, Any] | None = None,
+        **kwargs: Any,
     ):
         args = VWLmmSFTConfig() if args is None else args
         if not isinstance(args, VWLmmSFTConfig):
             raise TypeError(f"args must be a VWLmmSFTConfig, got a {type(args).__name__}")
         args = copy.copy(args)
-        name = None
+        peft_config, name = kwargs.pop("peft_config", None), None
         if isinstance(model, str):
-            name = model
-            model = _load(model, args, kwargs.pop("quantization_config", None))
-            own = VWLmmConfig.from_pretrained(name).pseudo_image_features
-            if kwargs.get("peft_config") is not None and model.config.pseudo_image_features != own:
-                raise ValueError(
-                    f"an adapter has no config of its own, and that of {name} has pseudo_image_features {own}: change "
-                    "it there"
-                )
+            name, model = model, load_model(model, args, peft_config, kwargs.pop("quantization_config", None))
         base_model = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base_model, VWLmmForCausalLM):
             raise TypeError(f"model must be a VWLmmForCausalLM, got a {type(base_model).__name__}")
         name = name or base_model.config.name_or_path
-        # accelerate's FSDP looks for each of them in the model, but CLIP names parts of its text tower too
-        classes = {type(module).__name__ for module in base_model.modules()}
-        base_model._no_split_modules = set(base_model._no_split_modules) & classes
-        kwargs["peft_config"] = self._set_stage(model, base_model, args, kwargs.get("peft_config"))
+        peft_config = set_stage(model, args, peft_config)
         bypasses = args.label_smoothing_factor or kwargs.get("compute_loss_func")
         if base_model.config.visual_word_loss_weight and bypasses:
             # TRL then takes the loss from full logits, and what its fused head returns for the log alone
@@ -86,30 +87,18 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             if not base_model.config.name_or_path:
                 raise ValueError("a model that was not loaded from anywhere needs a processing_class")
             processing_class = AutoProcessor.from_pretrained(base_model.config.name_or_path)
-        # Without images too, conversations are collated here, unless TRL's own text pipeline is asked for
+        # TRL's own pipeline for text tokenizes beforehand, and is used where it is asked for
         is_text = args.packing or args.padding_free or kwargs.get("formatting_func") is not None
         self._numbers_samples = isinstance(processing_class, ProcessorMixin) and not is_text
         if self._numbers_samples and train_dataset is not None:
             train_dataset, eval_dataset = number_samples(train_dataset), number_samples(eval_dataset)
         columns = [] if train_dataset is None else columns_of(train_dataset)
-        assistant_only_loss = args.assistant_only_loss
-        if assistant_only_loss is None:
-            assistant_only_loss = "messages" in columns
+        if args.assistant_only_loss is None:
+            args.assistant_only_loss = "messages" in columns
         if data_collator is None and self._numbers_samples and {"image", "images"} & set(columns):
-            tokenizer = processing_class.tokenizer
-            tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
-            data_collator = VWLmmDataCollator(
-                processor=processing_class,
-                max_length=args.max_length,
-                completion_only_loss="prompt" in columns and args.completion_only_loss is not False,
-                pad_to_multiple_of=args.pad_to_multiple_of,
-                dataset_text_field=args.dataset_text_field,
-                assistant_only_loss=assistant_only_loss,
-                skip_broken_images=args.skip_broken_images,
-            )
-            # TRL would look for generation markers
-            assistant_only_loss = False
-        args.assistant_only_loss = assistant_only_loss
+            data_collator = _collator_of(args, processing_class, columns)
+            # The collator finds what the assistant says. TRL would look for generation markers
+            args.assistant_only_loss = False
         super().__init__(
             model=model,
             args=args,
@@ -117,45 +106,20 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            peft_config=peft_config,
             **kwargs,
         )
         self._eval_sums = defaultdict(float)
         self._skipped_samples = {"train": 0, "eval": 0}
-        peft_config = self.model.active_peft_config if is_peft_model(model) else kwargs["peft_config"]
-        run = describe_run(
-            name,
-            base_model.config,
-            args,
-            trained_parts(base_model),
-            peft_config,
-            **{"recipe": args.given, **(given or {})},
-        )
+        self._scores_text = not trains_only_the_vm_head(base_model)
+        run_record = {"recipe": args.given_fields, **(run_record or {})}
+        peft_config = self.model.active_peft_config if is_peft_model(model) else peft_config
+        run = describe_run(name, base_model.config, args, trained_parts(base_model), peft_config, **run_record)
         self.stages = [*(read_training_run(name) if name else []), run]
-        if is_peft_model(self.model) and not is_deepspeed_zero3_enabled():  # which takes one dtype alone
+        # ZeRO-3 takes one dtype alone
+        if is_peft_model(self.model) and not is_deepspeed_zero3_enabled():
             keep_precision(self.model, has_autocast=args.bf16 or args.fp16)
-        add_visual_word_loss(self.model.get_base_model() if is_peft_model(self.model) else self.model)
-
-    @staticmethod
-    def _set_stage(model, base_model, args, peft_config):
-        fields = ("trainable", "visual_word_loss_weight", "visual_word_target", "detach_visual_words")
-        given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
-        settings = {**STAGES.get(args.stage, {}), **given}
-        for name in fields[1:]:
-            if name in settings:
-                setattr(base_model.config, name, settings[name])
-        if peft_config is not None:
-            peft_config = for_language_model(peft_config, settings.get("trainable"))
-        elif is_peft_model(model):
-            if args.trainable is not None:
-                raise ValueError(
-                    "trainable chooses whole parts of a model, but a PEFT model has been told what trains"
-                )
-        elif "trainable" in settings:
-            train_only(model, settings["trainable"])
-        if _trains_only_the_vm_head(base_model):
-            # There is no graph to checkpoint, and checkpointing would make one: it asks for gradients of the inputs
-            args.activation_checkpointing = args.gradient_checkpointing = False
-        return peft_config
+        add_visual_word_loss(base_model)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -217,7 +181,8 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             vw_loss = vw_loss_sum / self._vw_positions_in_step.to(lm_loss.device).clamp(min=1)
             if self.args.average_tokens_across_devices:
                 vw_loss = vw_loss * self.accelerator.num_processes
-        loss = loss + self.model.config.visual_word_loss_weight * vw_loss
+        weighted = self.model.config.visual_word_loss_weight * vw_loss
+        loss = loss + weighted if self._scores_text else weighted
 
         if self.model.training:
             self._record_step(lm_loss, vw_loss.detach(), adds_to_step=num_items_in_batch is not None)
@@ -243,40 +208,34 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             else:
                 self._metrics["train"][name].append(value)
 
-    def log(self, logs, start_time=None):
-        if not self.model.training and self._eval_sums:
-            # Means over all tokens and positions, whatever the batches
-            sums, self._eval_sums = self._eval_sums, defaultdict(float)
-            self._metrics["eval"]["lm_loss"] = [sums["lm_loss"] / max(sums["tokens"], 1)]
-            self._metrics["eval"]["vw_loss"] = [sums["vw_loss"] / max(sums["positions"], 1)]
-        super().log(logs, start_time)
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        self._eval_sums = defaultdict(float)
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Means over all tokens and positions, whatever the batches. transformers' own loss is a mean over batches
+        sums, self._eval_sums = self._eval_sums, defaultdict(float)
+        losses = {
+            "lm_loss": sums["lm_loss"] / max(sums["tokens"], 1),
+            "vw_loss": sums["vw_loss"] / max(sums["positions"], 1),
+        }
+        text = losses["lm_loss"] if self._scores_text else 0.0
+        losses["loss"] = text + self.model.config.visual_word_loss_weight * losses["vw_loss"]
+        if sums:
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in losses.items()})
+        return output
 
 
-def _load(name, args, quantization_config):
-    """The model of that name, as TRL would load it, which looks for classes in transformers alone."""
-    model_init_kwargs = dict(args.model_init_kwargs or {})
-    args.model_init_kwargs = None
-    if quantization_config is not None:
-        model_init_kwargs["quantization_config"] = skip_small_parts(quantization_config)
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        model_init_kwargs["device_map"] = None
-    if args.deepspeed_plugin is not None:
-        with set_zero3_state():  # whose modules have no weights: what is found here is remembered there
-            VWLmmConfig.from_pretrained(name).image_feature_shape()
-    model = create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
-    if args.deepspeed_plugin is not None:
-        model._weight_conversions = []  # loaded under ZeRO-3, it would be saved with stock LLaVA's names
-    if model._hf_peft_config_loaded:
-        raise ValueError(
-            f"{name} is an adapter: to train what it makes of its base model, vwlmm merge {name} NEW_FOLDER"
-        )
-    return model
+def _collator_of(args, processor, columns):
+    tokenizer = processor.tokenizer
+    tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    return VWLmmDataCollator(
+        processor=processor,
+        max_length=args.max_length,
+        completion_only_loss="prompt" in columns and args.completion_only_loss is not False,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+        dataset_text_field=args.dataset_text_field,
+        assistant_only_loss=args.assistant_only_loss,
+        skip_broken_images=args.skip_broken_images,
+    )
 
 
-def _trains_only_the_vm_head(model):
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    # Pseudo image features pass through the VM head on their way to the LLM, so there its graph is needed
-    return trained == ["model.vm_head.weight"] and not model.config.pseudo_image_features
-
-
-__all__ = ["VWLmmSFTConfig", "VWLmmSFTTrainer"]
+__all__ = ["VWLmmSFTTrainer"]

@@ -1,0 +1,88 @@
+"""The model that a trainer is given, made ready for its stage."""
+
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from peft import PeftConfig, PeftModel
+from transformers.modeling_utils import set_zero3_state
+from trl.trainer.utils import create_model_from_path
+
+from ..configuration_vwlmm import VWLmmConfig
+from ..modeling_vwlmm import VWLmmForCausalLM
+from ..stages import STAGES, train_only
+from .lora import for_language_model, skip_small_parts
+from .sft_config import VWLmmSFTConfig
+
+
+def load_model(
+    name: str, args: VWLmmSFTConfig, peft_config: PeftConfig | None = None, quantization_config: Any = None
+) -> VWLmmForCausalLM:
+    """The model of that name, loaded as TRL would, which looks for classes in transformers alone.
+
+    `args.model_init_kwargs` are used and removed.
+
+    Raises:
+        ValueError: it is an adapter, or an adapter of it could not say whether it reads pseudo image features.
+    """
+    model_init_kwargs = dict(args.model_init_kwargs or {})
+    args.model_init_kwargs = None
+    if quantization_config is not None:
+        model_init_kwargs["quantization_config"] = skip_small_parts(quantization_config)
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        model_init_kwargs["device_map"] = None
+    if args.deepspeed_plugin is not None:
+        with set_zero3_state():  # its modules have no weights to run: the shape is found here and remembered
+            VWLmmConfig.from_pretrained(name).image_feature_shape()
+    model = create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
+    if args.deepspeed_plugin is not None:
+        model._weight_conversions = []  # loaded under ZeRO-3, it would be saved with stock LLaVA's names
+    if model._hf_peft_config_loaded:
+        raise ValueError(
+            f"{name} is an adapter: to train what it makes of its base model, vwlmm merge {name} NEW_FOLDER"
+        )
+    own = VWLmmConfig.from_pretrained(name).pseudo_image_features
+    if peft_config is not None and model.config.pseudo_image_features != own:
+        raise ValueError(
+            f"an adapter has no config of its own, and that of {name} has pseudo_image_features {own}: change it there"
+        )
+    return model
+
+
+def set_stage(
+    model: VWLmmForCausalLM | PeftModel, args: VWLmmSFTConfig, peft_config: PeftConfig | None = None
+) -> PeftConfig | None:
+    """Freeze and unfreeze a model's parts, write the fields of the loss into its config, as a stage says.
+
+    Returns:
+        The `peft_config` for what trains, see [`for_language_model`].
+
+    Raises:
+        ValueError: `trainable` is given for a PEFT model, or names no LLM for an adapter to train.
+    """
+    base_model = model.get_base_model() if is_peft_model(model) else model
+    fields = ("trainable", "visual_word_loss_weight", "visual_word_target", "detach_visual_words")
+    given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    settings = {**STAGES.get(args.stage, {}), **given}
+    for name in fields[1:]:
+        if name in settings:
+            setattr(base_model.config, name, settings[name])
+    if peft_config is not None:
+        peft_config = for_language_model(peft_config, settings.get("trainable"))
+    elif is_peft_model(model):
+        if args.trainable is not None:
+            raise ValueError("trainable chooses whole parts of a model, but a PEFT model has been told what trains")
+    elif "trainable" in settings:
+        train_only(model, settings["trainable"])
+    if trains_only_the_vm_head(base_model):
+        # There is no graph to checkpoint, and checkpointing would make one: it asks for gradients of the inputs
+        args.activation_checkpointing = args.gradient_checkpointing = False
+    # accelerate's FSDP looks for each of them in the model, but CLIP names parts of its text tower too
+    classes = {type(module).__name__ for module in base_model.modules()}
+    base_model._no_split_modules = set(base_model._no_split_modules) & classes
+    return peft_config
+
+
+def trains_only_the_vm_head(model: VWLmmForCausalLM) -> bool:
+    """Whether the VM head alone trains, so that the LLM needs no graph: not where it reads pseudo image features."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return trained == ["model.vm_head.weight"] and not model.config.pseudo_image_features
