@@ -11,7 +11,7 @@ setup(
     license_files=["LICENSE"],
     packages=[*find_packages(include=["modeling_vwlmm", "modeling_vwlmm.*"]), "modeling_vwlmm.hub_card"],
     package_dir={"modeling_vwlmm.hub_card": "hub_card"},
-    package_data={"modeling_vwlmm": ["chat_templates/*.jinja"], "modeling_vwlmm.hub_card": ["*.md"]},
+    package_data={"modeling_vwlmm": ["chat_templates/*.jinja", "py.typed"], "modeling_vwlmm.hub_card": ["*.md"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9,<2.14",
@@ -36,7 +36,7 @@ setup(
         "gguf": ["gguf>=0.19,<1"],
         "qlora": ["bitsandbytes>=0.50,<1"],
         "test": ["easy-vqa==1.0", "gguf>=0.19,<1", "bitsandbytes>=0.50,<1", "pytest>=9,<10", "pytest-xdist>=3.8,<4"],
-        "quality": ["ruff==0.17.6"],
+        "quality": ["mypy==2.4.1", "ruff==0.17.6"],
     },
     entry_points={"console_scripts": ["vwlmm = modeling_vwlmm.cli:main"]},
 )
