@@ -25,6 +25,22 @@ STAGES = {
 }
 
 
+# What has to come before a stage for it to make sense
+COMES_AFTER = {"instruct": "align", "visual_words": "instruct", "joint": "visual_words"}
+
+
+def missing_stage(stage: str | None, records: list[dict]) -> str | None:
+    """The stage that should have come before, None if it did or if the model has no record.
+
+    Args:
+        stage: a key of `STAGES`.
+        records: the stages that made the model, see [`read_training_run`].
+    """
+    before = COMES_AFTER.get(stage or "")
+    done = {name for record in records for name in [record.get("stage"), *record.get("stages_before", [])]}
+    return before if records and before not in done else None
+
+
 def trained_parts(model: torch.nn.Module) -> list[str]:
     """The parts of a [`VWLmmForCausalLM`], keys of `PARTS`, of which something trains: weights or an adapter."""
     return [

@@ -78,7 +78,6 @@ def describe_run(base_model, config, args, trainable, peft_config=None, dataset=
         dataset (`str`, *optional*): its name, as given.
         recipe (`dict`): the fields that were given.
     """
-    is_gpu = args.device.type == "cuda"
     return {
         "stage": args.stage,
         "base_model": base_model or None,
@@ -88,12 +87,14 @@ def describe_run(base_model, config, args, trainable, peft_config=None, dataset=
         "config": {name: getattr(config, name) for name in TRAINED_WITH},
         "peft": None if peft_config is None else {**given_fields(peft_config, _LORA), **given_fields(peft_config)},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        "hardware": {
-            "device": torch.cuda.get_device_name() if is_gpu else _cpu_name(),
-            "processes": args.world_size,
-        },
+        "hardware": {"device": device_name(args), "processes": args.world_size},
         "seed": args.seed,
     }
+
+
+def device_name(args) -> str:
+    """What training arguments train on."""
+    return torch.cuda.get_device_name() if args.device.type == "cuda" else _cpu_name()
 
 
 def _plain(value):

@@ -1,46 +1,83 @@
-"""Visual words as pictures and as numbers."""
+"""Visual words as pictures or numbers."""
 
+import collections
+import functools
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
+from .modeling_vwlmm import VWLmmForCausalLM
 from .processing import patch_grid
 
 
-def top_words(model, processor, images, k=3):
-    """The most probable words of every patch.
+Words = list[list[list[tuple[str, float]]]]
+SIGNS = {"\n": "⏎", "\r": "⏎", "\t": "⇥", " ": "␣"}
+
+
+def top_words(
+    model: VWLmmForCausalLM,
+    processor: LlavaProcessor,
+    images: Sequence[Image.Image],
+    k: int = 3,
+    relative: bool = False,
+) -> Words:
+    """The k words of every patch: the most probable ones, or those that say most about it.
 
     Args:
-        model ([`VWLmmForCausalLM`]), processor ([`~transformers.LlavaProcessor`]): a pair.
-        images (`list[PIL.Image.Image]`): of any size.
-        k (`int`, *optional*, defaults to 3): words a patch.
-
-    Raises:
-        ValueError: if there are not as many words.
+        model, processor: a pair.
+        images: of any size.
+        k: words a patch.
+        relative: rank by w log(w / m), m being the mean of the visual words w over all patches of all `images`. What
+            is probable everywhere then ranks low. The terms of a patch sum to KL(w || m).
 
     Returns:
-        `list[list[list[tuple[str, float]]]]`: for each image and patch, row by row, the k (word, probability), the
-        most probable first.
+        For each image and patch, row by row, the k (word, probability), the highest rank first.
+
+    Raises:
+        ValueError: there are not as many words.
     """
     if not 0 < k <= model.config.visual_vocab_size:
         raise ValueError(f"{k} words a patch are asked for, expected 1 to {model.config.visual_vocab_size}")
     pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        probabilities = model.visual_words(pixel_values.to(model.device, model.dtype))
-    values, indices = probabilities.topk(k, dim=-1)
-    tokens = {index: processor.tokenizer.decode([index]).strip() for index in indices.unique().tolist()}
+        probabilities = model.visual_words(pixel_values.to(model.device, model.dtype))  # (images, patches, V)
+    ranks = probabilities
+    if relative:
+        mean = probabilities.mean((0, 1))
+        ranks = torch.special.xlogy(probabilities, probabilities) - torch.special.xlogy(probabilities, mean)
+    indices = ranks.topk(k, dim=-1).indices
+    values = probabilities.gather(-1, indices)
+    words = {index: readable(processor.tokenizer, index) for index in indices.unique().tolist()}
     return [
         [
-            list(zip((tokens[i] for i in patch_indices), patch_values, strict=True))
+            list(zip((words[i] for i in patch_indices), patch_values, strict=True))
             for patch_indices, patch_values in zip(*patches, strict=True)
         ]
         for patches in zip(indices.tolist(), values.tolist(), strict=True)
     ]
 
 
-def seen_image(processor, image):
+def readable(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """A token as text that can be seen: a line break is ⏎, a token of blanks ␣, one without text its own name."""
+    text = tokenizer.decode([token_id])
+    if text.strip():
+        return text.strip()
+    return "".join(SIGNS.get(character, "␣") for character in text) or tokenizer.convert_ids_to_tokens(token_id)
+
+
+def most_frequent_word(words: Words) -> tuple[str, float]:
+    """The word that comes first on the most patches, with its share of all patches."""
+    first = [patch[0][0] for patches in words for patch in patches]
+    ((word, count),) = collections.Counter(first).most_common(1)
+    return word, count / len(first)
+
+
+def seen_image(processor: LlavaProcessor, image: Image.Image) -> Image.Image:
     """The image as the vision tower sees it: padded or cropped, at its resolution."""
     image_processor = processor.image_processor
     pixels = image_processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
@@ -48,21 +85,28 @@ def seen_image(processor, image):
     return Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def draw_words(processor, images, words, captions=None, size=384, columns=2):
-    """A picture of images, each beside itself with the most probable word of every patch laid over it.
+def draw_words(
+    processor: LlavaProcessor,
+    images: Sequence[Image.Image],
+    words: Words,
+    captions: Sequence[str] | None = None,
+    size: int = 384,
+    columns: int = 2,
+) -> Image.Image:
+    """A picture of images, each beside itself with the first word of every patch laid over it.
 
     The more probable a word, the darker it is.
 
     Args:
-        processor ([`~transformers.LlavaProcessor`]): the model's.
-        images (`list[PIL.Image.Image]`): the images that `words` belong to.
+        processor: the model's.
+        images: the images that `words` belong to.
         words: what [`top_words`] returned for them.
-        captions (`list[str]`, *optional*): a line to write under each.
-        size (`int`, *optional*, defaults to 384): side of an image in the picture, in pixels.
-        columns (`int`, *optional*, defaults to 2): images a row.
+        captions: a line to write under each.
+        size: side of an image in the picture, in pixels.
+        columns: images a row.
 
-    Returns:
-        `PIL.Image.Image`
+    Raises:
+        ValueError: the patches of an image are no grid.
     """
     margin = size // 16
     line = size // 12 if captions else 0
@@ -78,9 +122,8 @@ def draw_words(processor, images, words, captions=None, size=384, columns=2):
         picture.paste(seen, (left, top))
         picture.paste(_overlay(seen, patches, *grid), (left + size + margin // 2, top))
         if captions:
-            draw.text(
-                (left, top + size + line // 4), captions[index], fill="black", font=ImageFont.load_default(line * 0.6)
-            )
+            caption = _drawable(captions[index])
+            draw.text((left, top + size + line // 4), caption, fill="black", font=_font(line * 0.5))
     return picture
 
 
@@ -90,17 +133,36 @@ def _overlay(image, patches, rows, columns):
     draw = ImageDraw.Draw(layer)
     width, height = image.width / columns, image.height / rows
     for index, patch in enumerate(patches):
-        word, probability = patch[0]
+        word, probability = _drawable(patch[0][0]), patch[0][1]
         x, y = index % columns * width, index // columns * height
         draw.rectangle((x, y, x + width, y + height), fill=(255, 255, 255, 120), outline=(0, 0, 0, 40))
-        font = ImageFont.load_default(_font_size(word, min(width, height)))
+        font = _font(_font_size(word, min(width, height)))
         shade = 70 + round(185 * probability)
         draw.text((x + width / 2, y + height / 2), word, fill=(0, 0, 0, shade), font=font, anchor="mm")
     return Image.alpha_composite(image, layer).convert("RGB")
 
 
+@functools.cache
+def _font_file():
+    import matplotlib  # half a second, and it brings a font for most alphabets
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return path, matplotlib.ft2font.FT2Font(str(path)).get_charmap()
+
+
+def _drawable(word):
+    """The word with the code point of every character that the font lacks, which would all be the same box."""
+    _, characters = _font_file()
+    return "".join(c if ord(c) in characters else f"[{ord(c):x}]" for c in word)
+
+
+@functools.cache
+def _font(size):
+    return ImageFont.truetype(_font_file()[0], size)
+
+
 def _font_size(word, cell):
     """The largest size at which the word fits its cell, so that it can be read."""
     reference = 100
-    width = ImageFont.load_default(reference).getlength(word or " ")
+    width = _font(reference).getlength(word or " ")
     return max(4.0, min(cell * 0.26, 0.85 * cell * reference / width))

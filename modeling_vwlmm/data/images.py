@@ -6,13 +6,14 @@ import os
 import stat
 import warnings
 
+import numpy as np
 import PIL.Image
 
 from ..files import describe
 
 
 def open_images(example: dict) -> list[PIL.Image.Image]:
-    """Opens the images of a row in RGB, as LLaVA does: no turning by EXIF, transparency dropped.
+    """Opens the images of a row, see [`to_rgb`]. As in LLaVA, no EXIF tag turns them.
 
     Args:
         example: `images` holds `{"path", "bytes"}` or PIL images; `sample_index` and `id` (optional) name the row.
@@ -23,6 +24,29 @@ def open_images(example: dict) -> list[PIL.Image.Image]:
     return [_open_image(image, example) for image in example["images"]]
 
 
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image in RGB.
+
+    A transparent image is laid over white: Pillow would show the colours that its transparency hides. 16-bit grey
+    (modes I;16 and I) is scaled to 8 bits, floating point (mode F) from 0 to 1: Pillow would cut both off at 255. Any
+    other mode becomes what Pillow makes of it.
+
+    Raises:
+        ValueError: values of a mode I or F are outside of that range.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values, white = np.asarray(image, dtype=np.float64), 1 if image.mode == "F" else 65535
+        if not (values.min() >= 0 and values.max() <= white):  # false for nan
+            raise ValueError(
+                f"mode {image.mode} with values from {values.min():g} to {values.max():g}, expected 0 to {white}"
+            )
+        return PIL.Image.fromarray((values / white * 255).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
 def _open_image(image: dict | PIL.Image.Image, example: dict) -> PIL.Image.Image:
     in_memory = isinstance(image, PIL.Image.Image)
     try:
@@ -30,10 +54,10 @@ def _open_image(image: dict | PIL.Image.Image, example: dict) -> PIL.Image.Image
             # Twice as many pixels are an error already
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             if in_memory:
-                return image.convert("RGB")
+                return to_rgb(image)
             source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
             with PIL.Image.open(source) as opened:
-                return opened.convert("RGB")
+                return to_rgb(opened)
     except Exception as error:  # Pillow's decoders raise nearly anything on broken data
         sample = example.get("sample_index", example.get("id"))
         where = "" if sample is None else f"sample {sample}: "

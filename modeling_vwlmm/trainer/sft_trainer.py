@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..data.collator import VWLmmDataCollator
@@ -25,6 +26,10 @@ from .hub_mixin import HubMixin
 from .lora import keep_precision
 from .model import load_model, set_stage, trains_only_the_vm_head
 from .sft_config import VWLmmSFTConfig
+from .summary import doubts_about
+
+
+logger = logging.get_logger(__name__)
 
 
 class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
@@ -111,11 +116,13 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         )
         self._eval_sums = defaultdict(float)
         self._skipped_samples = {"train": 0, "eval": 0}
-        self._scores_text = not trains_only_the_vm_head(base_model)
+        self.scores_text = not trains_only_the_vm_head(base_model)
         run_record = {"recipe": args.given_fields, **(run_record or {})}
         peft_config = self.model.active_peft_config if is_peft_model(model) else peft_config
         run = describe_run(name, base_model.config, args, trained_parts(base_model), peft_config, **run_record)
         self.stages = [*(read_training_run(name) if name else []), run]
+        for doubt in doubts_about(args, name, self.stages, is_peft_model(self.model)):
+            logger.warning(doubt)
         # ZeRO-3 takes one dtype alone
         if is_peft_model(self.model) and not is_deepspeed_zero3_enabled():
             keep_precision(self.model, has_autocast=args.bf16 or args.fp16)
@@ -182,7 +189,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             if self.args.average_tokens_across_devices:
                 vw_loss = vw_loss * self.accelerator.num_processes
         weighted = self.model.config.visual_word_loss_weight * vw_loss
-        loss = loss + weighted if self._scores_text else weighted
+        loss = loss + weighted if self.scores_text else weighted
 
         if self.model.training:
             self._record_step(lm_loss, vw_loss.detach(), adds_to_step=num_items_in_batch is not None)
@@ -217,7 +224,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             "lm_loss": sums["lm_loss"] / max(sums["tokens"], 1),
             "vw_loss": sums["vw_loss"] / max(sums["positions"], 1),
         }
-        text = losses["lm_loss"] if self._scores_text else 0.0
+        text = losses["lm_loss"] if self.scores_text else 0.0
         losses["loss"] = text + self.model.config.visual_word_loss_weight * losses["vw_loss"]
         if sums:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in losses.items()})
