@@ -66,7 +66,21 @@ def given_fields(arguments, names=None) -> dict:
     return _plain(given)
 
 
-def describe_run(base_model, config, args, trainable, peft_config=None, dataset=None, recipe=None) -> dict:
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of a model's weights: of the name, the shape and up to 1,000 values of each, evenly spaced.
+
+    Values are rounded to bfloat16, so that a model has one whatever dtype it is loaded in. Training changes it.
+    """
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.flatten()[:: max(1, tensor.numel() // 1000)].to("cpu", torch.bfloat16)
+        found.update(f"{name} {tuple(tensor.shape)}".encode() + values.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def describe_run(
+    base_model, config, args, trainable, peft_config=None, base_fingerprint=None, dataset=None, recipe=None
+) -> dict:
     """The record of one stage.
 
     Args:
@@ -75,12 +89,14 @@ def describe_run(base_model, config, args, trainable, peft_config=None, dataset=
         args ([`VWLmmSFTConfig`]): of the trainer.
         trainable (`list[str]`): the parts that train, see [`trained_parts`].
         peft_config ([`~peft.PeftConfig`], *optional*): of the adapter, if one is trained.
+        base_fingerprint (`str`, *optional*): of the model that it starts from, see [`fingerprint`].
         dataset (`str`, *optional*): its name, as given.
         recipe (`dict`): the fields that were given.
     """
     return {
         "stage": args.stage,
         "base_model": base_model or None,
+        "base_fingerprint": base_fingerprint,
         "dataset": dataset,
         "trainable": trainable,
         "recipe": _plain(recipe),
