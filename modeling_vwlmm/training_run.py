@@ -1,5 +1,6 @@
 """The record of a run that every folder of a trained model holds: what was trained, from what, how and where."""
 
+import hashlib
 import os
 import platform
 import re

@@ -15,7 +15,7 @@ from modeling_vwlmm.trainer import VWLmmSFTTrainer
 from modeling_vwlmm.training_run import read_training_run
 
 
-KEYS = {"stage", "base_model", "dataset", "trainable", "recipe", "config", "peft", "versions", "hardware", "seed"}
+KEYS = {"stage", "base_model", "dataset", "trainable", "base_fingerprint", "recipe", "config", "peft", "versions", "hardware", "seed"}
 SAVES = ["--save_strategy", "steps", "--save_steps", "1"]
 
 
