@@ -74,7 +74,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     """
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.flatten()[:: max(1, tensor.numel() // 1000)].to("cpu", torch.bfloat16)
+        values = tensor.flatten()[:: max(1, tensor.numel() // 1000)].to("cpu", torch.bfloat16).contiguous()
         found.update(f"{name} {tuple(tensor.shape)}".encode() + values.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
