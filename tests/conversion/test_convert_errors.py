@@ -9,12 +9,12 @@ import sys
 
 import pytest
 import torch
-from published import PUBLISHED, write_published
 from safetensors.torch import load_file, save_file
-from test_convert import write_llava
-from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from helpers.conversion import write_llava
+from helpers.published import PUBLISHED, write_published
+from helpers.tiny import tiny_model
 from modeling_vwlmm import VWLmmConfig, VWLmmForCausalLM, weights
 from modeling_vwlmm.cli import main
 
