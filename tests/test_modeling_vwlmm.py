@@ -25,6 +25,7 @@ from helpers.tiny import (
     tower_config,
     without_labels,
 )
+from modeling_vwlmm.naive import naive_divergence
 
 
 @pytest.mark.parametrize("tower", TOWERS)

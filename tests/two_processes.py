@@ -1,4 +1,4 @@
-"""Train the same tiny models in one process and, by recipes/accelerate, in two on the CPU, for test_devices.py to compare.
+"""Train the same tiny models in one process or, by recipes/accelerate, in two on the CPU; test_devices.py compares.
 
 python tests/two_processes.py KIND FOLDER      KIND: one, or the name of a file in recipes/accelerate
 """
