@@ -9,9 +9,10 @@ import pytest
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
-from test_card import ROOT, metadata_of, strange_figures
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from helpers import ROOT
+from helpers.cards import metadata_of, strange_figures
 from modeling_vwlmm.data import easy_vqa
 from modeling_vwlmm.hub.push import prepare
 
