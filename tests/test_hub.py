@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.hub import load_check
-from modeling_vwlmm.hub.repository import make_harmless, without_paths
+from modeling_vwlmm.hub.redaction import without_paths
+from modeling_vwlmm.hub.repository import make_harmless
 
 
 HOST = "anns-desktop"
