@@ -23,7 +23,7 @@ from modeling_vwlmm import weights
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.hub import repository
 from modeling_vwlmm.hub.push import push
-from modeling_vwlmm.hub.repository import check_loads, stage
+from modeling_vwlmm.hub.repository import check_loads, fill_repository
 from modeling_vwlmm.trainer import hub_mixin
 from modeling_vwlmm.weights import read_weights
 
@@ -121,7 +121,7 @@ def test_a_folder_that_would_not_load(folder, hub, capsys, case):
 
 
 def test_code_that_needs_more_than_torch_and_transformers(folder, tmp_path):
-    stage(folder, tmp_path / "staged")
+    fill_repository(folder, tmp_path / "staged")
     (tmp_path / "staged" / "visual_word_loss.py").write_text("import trl")
     with pytest.raises(ValueError, match="folder does not load without this package: .*trl"):
         check_loads(tmp_path / "staged", folder)
@@ -304,7 +304,7 @@ def test_weights_that_are_pickled_become_safetensors(tmp_path, folder):
     expected = load_file(folder / "model.safetensors")
     torch.save(expected, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    stage(folder, tmp_path / "staged")
+    fill_repository(folder, tmp_path / "staged")
     assert [path.name for path in (tmp_path / "staged").glob("*model*.*") if path.suffix not in (".py", ".json")] == [
         "model.safetensors"
     ]

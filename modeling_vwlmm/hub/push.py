@@ -24,7 +24,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from ..configuration_vwlmm import VWLmmConfig
 from ..weights import name_some
 from .card import write_card
-from .repository import check_loads, make_harmless, read_folder, stage
+from .repository import check_loads, fill_repository, make_harmless, read_folder
 
 
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -32,7 +32,7 @@ _ANY_WEIGHTS = re.compile(r"[^/]*\.(safetensors|bin|gguf|pt|pth|ckpt|h5|msgpack|
 
 
 @contextlib.contextmanager
-def one_line(repo_id: str, token: str | None) -> Iterator[None]:
+def explain_hub_errors(repo_id: str, token: str | None) -> Iterator[None]:
     """What goes wrong on the way to the Hub, as an `OSError` of one line that has no token in it."""
     try:
         try:
@@ -63,7 +63,7 @@ def one_line(repo_id: str, token: str | None) -> Iterator[None]:
     raise OSError(" ".join(f"{repo_id}: {message}".split())) from cause
 
 
-def find_repo(
+def check_repository(
     repo_id: str,
     config: VWLmmConfig | None,
     base_model: str | None,
@@ -83,7 +83,7 @@ def find_repo(
     """
     validate_repo_id(repo_id)
     api = HfApi(token=token)
-    with one_line(repo_id, token):
+    with explain_hub_errors(repo_id, token):
         user = api.whoami()
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise PermissionError(f"{repo_id}: the token may only read, expected one that may write")
@@ -165,7 +165,7 @@ def prepare(
         base, source = into.with_name(into.name + "-base"), Path(trained_on)
         if not source.is_dir():
             # With the code of this package in place of its own, which nobody has said to trust
-            with one_line(trained_on, token):
+            with explain_hub_errors(trained_on, token):
                 source = Path(snapshot_download(trained_on, token=token, allow_patterns=["*.json", "*.safetensors"]))
         elif base_model is None:
             raise ValueError(
@@ -173,8 +173,8 @@ def prepare(
                 "--base-model"
             )
         read_folder(source)
-        stage(source, base)
-    stage(folder, into, base_model)
+        fill_repository(source, base)
+    fill_repository(folder, into, base_model)
     check_loads(into, folder, base)
     try:
         card = write_card(into, repo_id, card_text)
@@ -216,14 +216,14 @@ def push(
         raise ValueError("a pull request is always for the main branch: give no revision")
     folder, token = Path(folder), token or get_token()
     config, trained_on = read_folder(folder)
-    repo_id, info = find_repo(repo_id, config, base_model or trained_on, private, revision, token)
+    repo_id, info = check_repository(repo_id, config, base_model or trained_on, private, revision, token)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="vwlmm-push-") as scratch:
         staged, base = Path(scratch) / "repository", Path(scratch) / "repository-base"
-        with one_line(repo_id, token):
+        with explain_hub_errors(repo_id, token):
             card_text = _download(api, info, "README.md") if info is not None else None
         card = prepare(folder, staged, repo_id, base_model, card_text, token)
-        with one_line(repo_id, token):
+        with explain_hub_errors(repo_id, token):
             card.validate()
             if base.is_dir():
                 _check_base(api, base_model or trained_on, base)

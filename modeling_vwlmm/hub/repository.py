@@ -72,7 +72,7 @@ def read_folder(folder: Path) -> tuple[VWLmmConfig | None, str | None]:
     return config, base_model
 
 
-def stage(folder: Path, into: Path, base_model: str | None = None) -> None:
+def fill_repository(folder: Path, into: Path, base_model: str | None = None) -> None:
     """Fill a new folder with what belongs into a repository; weights are links to those of the old one.
 
     Logs keep their paths, by which the card finds those of earlier stages.
