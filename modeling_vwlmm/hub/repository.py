@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -42,19 +43,28 @@ def _find(folder: Path, patterns: list[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
-def read_folder(folder: Path) -> tuple[VWLmmConfig | None, str | None]:
-    """The config of a folder's model, or the name of the base model of its adapter; the other is None.
+class ModelFolder(NamedTuple):
+    """A model's folder, and its config; or an adapter's folder, and the name of the model that it was trained on."""
+
+    folder: Path
+    config: VWLmmConfig | None
+    trained_on: str | None
+
+
+def read_folder(folder: str | os.PathLike) -> ModelFolder:
+    """Find the model or adapter in a folder.
 
     Raises:
         FileNotFoundError: there is no folder, no config, no weights or no processor.
         ValueError: it is not a VW-LMM model.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder, expected one that `vwlmm train` or `vwlmm convert` wrote")
-    config = base_model = None
+    config = trained_on = None
     if (folder / ADAPTER_CONFIG_NAME).is_file():
-        base_model = read_json_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
-        if not base_model:
+        trained_on = read_json_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+        if not trained_on:
             raise ValueError(f"{folder / ADAPTER_CONFIG_NAME} names no base model")
         if not (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
             raise FileNotFoundError(f"{folder} has no weights, expected {ADAPTER_SAFE_WEIGHTS_NAME}")
@@ -62,14 +72,14 @@ def read_folder(folder: Path) -> tuple[VWLmmConfig | None, str | None]:
         if not (folder / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"{folder} has no model, expected {CONFIG_NAME} or {ADAPTER_CONFIG_NAME}")
         model_type = read_json_object(folder / CONFIG_NAME).get("model_type")
-        VWLmmConfig.get_config_dict(folder)  # says how to convert a LLaVA
+        VWLmmConfig.get_config_dict(folder)  # names `vwlmm convert` if it is a LLaVA's
         if model_type != VWLmmConfig.model_type:
             raise ValueError(f'{folder} has a model of type "{model_type}", expected "{VWLmmConfig.model_type}"')
         config = VWLmmConfig.from_pretrained(folder)
         read_weights(folder)
     if not _find(folder, ["processor_config.json", "preprocessor_config.json"]):
         raise FileNotFoundError(f"{folder} has no processor, expected processor_config.json")
-    return config, base_model
+    return ModelFolder(folder, config, trained_on)
 
 
 def fill_repository(folder: Path, into: Path, base_model: str | None = None) -> None:
