@@ -15,7 +15,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageDraw
 from transformers import AutoProcessor
-from transformers.utils import cached_file
 
 from ..files import read_json, read_json_object
 from ..modeling_vwlmm import VWLmmForCausalLM
@@ -240,10 +239,9 @@ def _metadata(stages, bases, results, is_adapter, model_id):
 
 def _card_data(name):
     """Metadata of the card of a folder or repository, as far as it can be reached."""
-    missing_is_fine = ("gated_repo", "missing_entries", "connection_errors")
+    path = Path(name, "README.md") if os.path.isdir(name) else name
     try:
-        path = cached_file(name, "README.md", **{f"_raise_exceptions_for_{what}": False for what in missing_is_fine})
-        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path else {}
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}
 
