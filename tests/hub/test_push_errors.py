@@ -22,7 +22,7 @@ from modeling_vwlmm import weights
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.hub import repository
 from modeling_vwlmm.hub.push import push
-from modeling_vwlmm.hub.repository import check_loads, stage
+from modeling_vwlmm.hub.repository import check_loads
 from modeling_vwlmm.weights import read_weights
 
 
@@ -104,7 +104,7 @@ def test_a_folder_that_would_not_load(folder, hub, capsys, case):
 
 
 def test_code_that_needs_more_than_torch_and_transformers(folder, tmp_path):
-    stage(folder, tmp_path / "staged")
+    fill_repository(folder, tmp_path / "staged")
     (tmp_path / "staged" / "visual_word_loss.py").write_text("import trl")
     with pytest.raises(ValueError, match="folder does not load without this package: .*trl"):
         check_loads(tmp_path / "staged", folder)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_vwlmm.hub.repository import make_harmless, stage, without_paths
+from modeling_vwlmm.hub.repository import fill_repository, make_harmless, without_paths
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_weights_that_are_pickled_become_safetensors(tmp_path, folder):
     expected = load_file(folder / "model.safetensors")
     torch.save(expected, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    stage(folder, tmp_path / "staged")
+    fill_repository(folder, tmp_path / "staged")
     assert [path.name for path in (tmp_path / "staged").glob("*model*.*") if path.suffix not in (".py", ".json")] == [
         "model.safetensors"
     ]
