@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from helpers.conversations import picture, tiny_processor
 from helpers.tiny import TOWERS, tiny_model
 from modeling_vwlmm.processing import patch_grid
-from modeling_vwlmm.words import draw_words, seen_image, top_words
+from modeling_vwlmm.words import draw_words, most_frequent_word, readable, seen_image, top_words
 
 
 def test_the_picture_lays_words_over_the_patches_they_belong_to():
@@ -33,3 +34,44 @@ def test_the_grid_of_words_is_that_of_the_tower(tower):
     rows, columns = TOWERS[tower][2]
     assert patch_grid(processor, len(words[0])) == (rows, columns)
     assert draw_words(processor, [picture(0)], words).size[0] > 0
+
+
+def test_relative_words_are_those_that_say_most_about_a_patch():
+    model = tiny_model()
+    processor = tiny_processor(model.config)
+    images = [picture(i) for i in range(3)]
+    pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        visual_words = model.visual_words(pixel_values).double()
+    mean = visual_words.flatten(0, 1).mean(0)
+    for image, patches in zip(visual_words, top_words(model, processor, images, k=2, relative=True), strict=True):
+        for w, words in zip(image, patches, strict=True):
+            ids = (w * (w / mean).log()).topk(2).indices.tolist()
+            assert [word for word, _ in words] == [processor.tokenizer.decode([i]) for i in ids]
+            assert [probability for _, probability in words] == pytest.approx(w[ids].tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text, shown", [("\n", "⏎"), ("\n\n", "⏎⏎"), ("  ", "␣␣"), ("\t", "⇥"), (" cat", "cat"), ("", "<s>")]
+)
+def test_every_token_can_be_seen(text, shown):
+    class Tokenizer:
+        def decode(self, ids):
+            return text
+
+        def convert_ids_to_tokens(self, token_id):
+            return "<s>"
+
+    assert readable(Tokenizer(), 1) == shown
+
+
+@pytest.mark.parametrize("pair", [("é", "è"), ("猫", "狗"), ("я", "ж"), ("⏎", "␣")])
+def test_other_letters_look_different(pair):
+    processor = tiny_processor(tiny_model().config)
+    first, second = (draw_words(processor, [picture(0)], [[[(word, 1.0)]] * 4]).tobytes() for word in pair)
+    assert first != second
+
+
+def test_the_most_frequent_word():
+    words = [[[("a", 0.5), ("b", 0.4)], [("b", 0.5)]], [[("b", 0.9)], [("b", 0.3)]]]
+    assert most_frequent_word(words) == ("b", 0.75)

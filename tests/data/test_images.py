@@ -4,6 +4,7 @@ import io
 import os
 import re
 
+import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, List
 from PIL import Image as PILImage
@@ -93,17 +94,13 @@ def test_decompression_bomb(images, monkeypatch, limit, error):
 
 
 def test_images_open_as_in_llava(tmp_path):
-    """Every mode becomes RGB as `Image.open(file).convert("RGB")` makes it."""
+    """Opaque images of 8 bits become RGB as `Image.open(file).convert("RGB")` makes it."""
     color = PILImage.effect_noise((9, 7), 90).convert("RGB")
-    palette = color.quantize(8)
-    palette.info["transparency"] = 0
     exif = PILImage.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     saved = {
-        "rgba.png": (PILImage.merge("RGBA", [*color.split(), PILImage.effect_noise((9, 7), 90)]), {}),
-        "palette.png": (palette, {"transparency": 0}),
+        "palette.png": (color.quantize(8), {}),
         "cmyk.jpg": (color.convert("CMYK"), {}),
-        "grey16.png": (PILImage.new("I;16", (9, 7), 300), {}),
         "bilevel.png": (color.convert("1"), {}),
         "turned.jpg": (color, {"exif": exif}),
     }
@@ -122,3 +119,44 @@ def test_open_images_of_other_datasets(images):
     row = Dataset.from_dict({"images": [[str(images / "a.png"), str(images / "b.png")]]}, features=features)[0]
     assert [image.size for image in open_images(row)] == [(4, 3), (5, 3)]
     assert open_images({"images": []}) == []
+
+
+def pixels_of(image, path, **options):
+    """What is opened of an image, from a file and from memory."""
+    image.save(path, **options)
+    from_file, from_memory = open_images({"images": [{"path": str(path), "bytes": None}, image]})
+    assert from_file.mode == "RGB" and np.array_equal(from_file, from_memory)
+    return np.asarray(from_file)[0].tolist()
+
+
+def test_transparent_images_lie_on_white(tmp_path):
+    """Whatever colours their transparency hides."""
+    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 51]]], dtype=np.uint8)
+    expected = [[10, 20, 30], [255, 255, 255], [204, 204, 204]]
+    assert pixels_of(PILImage.fromarray(rgba), tmp_path / "rgba.png") == expected
+    grey = PILImage.fromarray(np.array([[[7, 255], [7, 0]]], dtype=np.uint8), "LA")
+    assert pixels_of(grey, tmp_path / "la.png") == [[7, 7, 7], [255, 255, 255]]
+    palette = PILImage.fromarray(np.array([[0, 1]], dtype=np.uint8), "P")
+    palette.putpalette([1, 2, 3, 4, 5, 6])
+    palette.info["transparency"] = 1
+    assert pixels_of(palette, tmp_path / "p.png", transparency=1) == [[1, 2, 3], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("mode, dtype", [("I;16", "<u2"), ("I;16B", ">u2"), ("I", "<i4")])
+def test_16_bits_are_scaled(tmp_path, mode, dtype):
+    values = np.array([[0, 16384, 32768, 65535]], dtype=dtype)
+    image = PILImage.frombytes(mode, (4, 1), values.tobytes())
+    assert pixels_of(image, tmp_path / "a.tiff") == [[grey] * 3 for grey in (0, 64, 128, 255)]
+
+
+def test_floating_point_is_scaled_from_0_to_1(tmp_path):
+    image = PILImage.fromarray(np.array([[0, 0.5, 1]], dtype=np.float32))
+    assert pixels_of(image, tmp_path / "a.tiff") == [[grey] * 3 for grey in (0, 128, 255)]
+
+
+@pytest.mark.parametrize("value, found", [(300.0, "0 to 300"), (float("nan"), "nan to nan"), (70000, "0 to 70000")])
+def test_values_that_no_grey_has(value, found):
+    dtype = np.float32 if isinstance(value, float) else np.int32
+    image = PILImage.fromarray(np.array([[0, value]], dtype=dtype))
+    with pytest.raises(ValueError, match=f"sample 3: .*mode [IF] with values from {found}, expected 0 to"):
+        open_images({"images": [image], "sample_index": 3})

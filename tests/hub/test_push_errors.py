@@ -22,7 +22,7 @@ from modeling_vwlmm import weights
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.hub import repository
 from modeling_vwlmm.hub.push import push
-from modeling_vwlmm.hub.repository import check_loads
+from modeling_vwlmm.hub.repository import check_loads, fill_repository
 from modeling_vwlmm.weights import read_weights
 
 
