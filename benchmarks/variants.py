@@ -16,7 +16,6 @@ from datasets import Dataset, Image, List, disable_progress_bars
 from peft import LoraConfig
 from PIL import Image as PILImage
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -28,6 +27,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from modeling_vwlmm import VWLmmConfig, VWLmmForCausalLM
+from modeling_vwlmm.naive import naive_divergence, naive_visual_word_loss
 from modeling_vwlmm.processing import make_processor
 from modeling_vwlmm.trainer import VWLmmSFTConfig, VWLmmSFTTrainer, train_only
 from modeling_vwlmm.visual_word_loss import scored_positions, visual_word_loss
@@ -99,12 +99,6 @@ def dtype_on(device):
 # The loss alone
 
 
-def naive(h, lm_head, f, vm_head, target):
-    z, u = ((x @ w.T).float() for x, w in ((h, lm_head), (f, vm_head)))
-    t, q = (u, z) if target == "visual_words" else (z.detach(), u)
-    return nn.functional.kl_div(q.log_softmax(-1), t.log_softmax(-1), reduction="sum", log_target=True)
-
-
 def liger(h, lm_head, f, vm_head, target):
     from liger_kernel.transformers import LigerFusedLinearJSD
 
@@ -151,7 +145,7 @@ def loss_alone(pipe, spec):
     ]
     losses = {
         "ours": lambda *inputs: visual_word_loss(*inputs, target=spec["target"]),
-        "naive": lambda *inputs: naive(*inputs, spec["target"]),
+        "naive": lambda *inputs: naive_visual_word_loss(*inputs, target=spec["target"]),
         "liger": lambda *inputs: liger(*inputs, spec["target"]),
     }
 
@@ -207,15 +201,12 @@ def dataset_of(rows):
     return Dataset.from_list([row] * rows).cast_column("images", List(Image()))
 
 
-def naive_visual_word_loss(self, outputs, attention_mask=None):
+def published_visual_word_loss(self, outputs, attention_mask=None):
     """As the published code has it: logits of all positions, and distributions of whole batches."""
     positions = scored_positions(outputs.image_mask, attention_mask)
     z = self.lm_head(outputs.last_hidden_state).float()
     u = self.model.vm_head(outputs.image_hidden_states).float().flatten(0, 1)
-    z, u = z[:, :-1][positions[:, 1:]], u[positions[outputs.image_mask]]
-    return nn.functional.kl_div(
-        z.log_softmax(-1), u.log_softmax(-1), reduction="sum", log_target=True
-    ), positions.sum()
+    return naive_divergence(z[:, :-1][positions[:, 1:]], u[positions[outputs.image_mask]]), positions.sum()
 
 
 def no_visual_word_loss(self, outputs, attention_mask=None):
@@ -259,7 +250,7 @@ def make_trainer(pipe, spec, meter):
         )
     if is_ours:
         args = VWLmmSFTConfig(**arguments, stage="visual_words" if spec["step"] == "c: VM head" else "joint")
-        replaced = {"d: naive": naive_visual_word_loss, "text alone": no_visual_word_loss}
+        replaced = {"d: naive": published_visual_word_loss, "text alone": no_visual_word_loss}
         if spec["step"] in replaced:
             model.visual_word_loss = types.MethodType(replaced[spec["step"]], model)
     else:

@@ -1,5 +1,6 @@
 """The record of how a model was trained, which every folder of a trained model holds."""
 
+import hashlib
 import os
 import platform
 import re
@@ -74,12 +75,25 @@ def given_fields(arguments: Any, names: Collection[str] | None = None) -> dict[s
     return _plain(given)
 
 
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of a model's weights, which training changes: of the name, shape and some 1,000 values of each weight.
+
+    The values are rounded to bfloat16, so that a model has the same fingerprint in float32 and in 16 bits.
+    """
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.flatten()[:: max(1, tensor.numel() // 1000)].to("cpu", torch.bfloat16).contiguous()
+        found.update(f"{name} {tuple(tensor.shape)}".encode() + values.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def describe_run(
     base_model: str | None,
     config: VWLmmConfig,
     args: Any,
     trainable: list[str],
     peft_config: "PeftConfig | None" = None,
+    base_fingerprint: str | None = None,
     dataset: str | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -91,12 +105,14 @@ def describe_run(
         args: of the trainer, a [`VWLmmSFTConfig`].
         trainable: the parts that train, see [`trained_parts`].
         peft_config: of the adapter, if one is trained.
+        base_fingerprint: of the model that the stage starts from, see [`fingerprint`].
         dataset: its name, as given.
         recipe: the fields that were given.
     """
     return {
         "stage": args.stage,
         "base_model": base_model or None,
+        "base_fingerprint": base_fingerprint,
         "dataset": dataset,
         "trainable": trainable,
         "recipe": _plain(recipe),

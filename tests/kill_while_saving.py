@@ -13,10 +13,9 @@ import threading
 import time
 from pathlib import Path
 
-from test_cli import CPU, recipe_of
-from test_trainer import picture, tiny_processor
-from tiny import tiny_model
-
+from helpers.command_line import CPU, recipe_of
+from helpers.conversations import picture, tiny_processor
+from helpers.tiny import tiny_model
 from modeling_vwlmm.cli import main as vwlmm
 
 

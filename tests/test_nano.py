@@ -9,11 +9,13 @@ import pytest
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
-from test_card import ROOT, metadata_of, strange_figures
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from helpers import ROOT
+from helpers.cards import metadata_of, strange_figures
 from modeling_vwlmm.data import easy_vqa
 from modeling_vwlmm.hub.push import prepare
+from modeling_vwlmm.hub.repository import read_folder
 
 
 sys.path.insert(0, str(ROOT / "recipes" / "quickstart"))
@@ -43,8 +45,7 @@ def files_of(folder):
 
 def test_is_what_a_push_would_send(tmp_path):
     """Which loads it without this package too; its code is the package's, and its card that of its records."""
-    prepare(NANO, tmp_path / NANO.name, NANO.name)
-    sent, shipped = files_of(tmp_path / NANO.name), files_of(NANO)
+    sent, shipped = files_of(prepare(read_folder(NANO), tmp_path, NANO.name).folder), files_of(NANO)
     shipped = {name: path for name, path in shipped.items() if "__pycache__" not in name}
     assert sent.keys() == shipped.keys() and CODE < sent.keys()
     for name in sent.keys() - PICTURES:

@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 from PIL import Image
-from test_trainer import picture, tiny_processor
-from tiny import IMAGE_WITHIN, TOWERS, tiny_config, tiny_model
 from transformers import AutoProcessor, LlavaProcessor
 
+from helpers.conversations import picture, tiny_processor
+from helpers.tiny import IMAGE_WITHIN, TOWERS, tiny_config, tiny_model
 from modeling_vwlmm.processing import make_processor
 
 

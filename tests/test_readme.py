@@ -6,26 +6,27 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hub_server import local_hub
-from published import write_published
-from test_cli import CPU, data, model_folder  # noqa: F401
-from test_convert import write_llava
-from test_trainer import picture, tiny_processor
-from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessorPil, CLIPVisionModel
 
+from helpers import ROOT
+from helpers.command_line import CPU
+from helpers.conversations import picture, tiny_processor
+from helpers.conversion import write_llava
+from helpers.hub_server import local_hub
+from helpers.published import write_published
+from helpers.tiny import tiny_config
 from modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.cli import main
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = re.findall(r"^vwlmm .*$", README, flags=re.MULTILINE)
 CONVERSIONS = re.findall(r"`(vwlmm convert .* .*)`", README)
 
 
 @pytest.fixture
-def local(tmp_path, monkeypatch, model_folder, data):  # noqa: F811
+def local(tmp_path, monkeypatch, model_folder, data):
     """Maps what the README names to what is here."""
     llm, tower = tmp_path / "llm", tmp_path / "tower"
     config = tiny_config()
@@ -43,7 +44,7 @@ def local(tmp_path, monkeypatch, model_folder, data):  # noqa: F811
         "runs/7b/align": str(model_folder),
         "lmsys/vicuna-7b-v1.5": str(llm),
         "openai/clip-vit-large-patch14-336": str(tower),
-        "recipes/": f"{Path(__file__).parent.parent}/recipes/",
+        "recipes/": f"{ROOT}/recipes/",
         "learning_rate=2e-5": "use_cpu=True, bf16=False, max_steps=1, report_to='none'",
         "what color is the shape?": "w20 w21",
     }
@@ -57,7 +58,7 @@ def local(tmp_path, monkeypatch, model_folder, data):  # noqa: F811
 
 
 def test_the_first_example_needs_nothing_but_the_checkout(monkeypatch, capsys):
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(ROOT)
     assert len([line for line in PYTHON[0].splitlines() if line]) == 5
     exec(PYTHON[0], {})
     (said,) = re.findall("# (.+)", PYTHON[0])
@@ -97,7 +98,7 @@ def test_conversions_run(local, tmp_path, capsys):
         assert loaded.config.model_type == ("llava" if "--to llava" in command else "vwlmm")
 
 
-def test_commands_run(local, tmp_path, capsys, model_folder):  # noqa: F811
+def test_commands_run(local, tmp_path, capsys, model_folder):
     assert [command.split()[1] for command in COMMANDS] == ["generate", "words", "train", "train", "merge", "push"]
     for command in COMMANDS:
         arguments = shlex.split(local(command))[1:]

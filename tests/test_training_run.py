@@ -5,21 +5,34 @@ import json
 import pytest
 import torch
 from peft import LoraConfig
-from test_cli import CPU, data, model_folder, recipe_of  # noqa: F401
-from test_trainer import conversations, sft_config
-from tiny import tiny_model
 from transformers import AutoProcessor
 
+from helpers.command_line import CPU, recipe_of
+from helpers.conversations import conversations
+from helpers.tiny import tiny_model
+from helpers.training import sft_config
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.trainer import VWLmmSFTTrainer
 from modeling_vwlmm.training_run import read_training_run
 
 
-KEYS = {"stage", "base_model", "dataset", "trainable", "recipe", "config", "peft", "versions", "hardware", "seed"}
+KEYS = {
+    "stage",
+    "base_model",
+    "dataset",
+    "trainable",
+    "base_fingerprint",
+    "recipe",
+    "config",
+    "peft",
+    "versions",
+    "hardware",
+    "seed",
+}
 SAVES = ["--save_strategy", "steps", "--save_steps", "1"]
 
 
-def test_every_folder_holds_the_record_of_all_stages(tmp_path, monkeypatch, model_folder, data):  # noqa: F811
+def test_every_folder_holds_the_record_of_all_stages(tmp_path, monkeypatch, model_folder, data):
     monkeypatch.chdir(tmp_path)
     recipe = recipe_of(tmp_path, "model", data, learning_rate=0.01, output_dir="out", max_steps=2, weight_decay=0.0)
     cpu = [*CPU[: CPU.index("--save_strategy")], "--seed", "3"]
@@ -65,7 +78,7 @@ def test_every_folder_holds_the_record_of_all_stages(tmp_path, monkeypatch, mode
     assert read_training_run("merged") == read_training_run("adapter")
 
 
-def test_the_python_api_records_what_differs_from_the_defaults(tmp_path, model_folder):  # noqa: F811
+def test_the_python_api_records_what_differs_from_the_defaults(tmp_path, model_folder):
     secrets = {"model_init_kwargs": {"token": "hf_secret", "dtype": "float32"}, "hub_token": "hf_secret"}
     trainer = VWLmmSFTTrainer(
         str(model_folder),

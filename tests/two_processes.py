@@ -1,4 +1,4 @@
-"""Train the same tiny models in one process and, by recipes/accelerate, in two on the CPU; test_devices.py compares.
+"""Train the same tiny models in one process or, by recipes/accelerate, in two on the CPU; test_devices.py compares.
 
 python tests/two_processes.py KIND FOLDER      KIND: one, or the name of a file in recipes/accelerate
 """
@@ -13,10 +13,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig
-from test_trainer import conversations, sft_config, tiny_processor
-from tiny import tiny_model
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
+from helpers import ROOT
+from helpers.conversations import conversations, tiny_processor
+from helpers.tiny import tiny_model
+from helpers.training import sft_config
 from modeling_vwlmm.trainer import VWLmmSFTTrainer
 
 
@@ -98,7 +100,7 @@ def launch(kind, folder, *cases, options=()):
     """Runs cases of a kind, all if none is named, with options of `accelerate launch`."""
     launcher = []
     if kind != "one":
-        config = Path(__file__).parent.parent / "recipes" / "accelerate" / f"{kind}.yaml"
+        config = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
         processes = ["--num_processes", "2", "--main_process_port", "0"]
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), *processes, *options]
     command = [sys.executable, *launcher, __file__, kind, str(folder), *cases]

@@ -28,6 +28,7 @@ def push(argv):
     from huggingface_hub.utils import logging
 
     from ..hub.push import prepare, push
+    from ..hub.repository import read_folder
 
     quiet()
     if not sys.stderr.isatty():
@@ -44,8 +45,7 @@ def push(argv):
         print(commit.pr_url or commit.commit_url)
         return
     with tempfile.TemporaryDirectory(prefix="vwlmm-push-") as scratch:
-        staged = Path(scratch) / "repository"
-        prepare(arguments.folder, staged, arguments.repo, arguments.base_model)
+        staged = prepare(read_folder(arguments.folder), Path(scratch), arguments.repo, arguments.base_model).folder
         sizes = {path: path.stat().st_size for path in sorted(staged.rglob("*")) if path.is_file()}
         for path, size in sizes.items():
             print(f"{size:15,}  {path.relative_to(staged)}")

@@ -15,12 +15,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageDraw
 from transformers import AutoProcessor
-from transformers.utils import cached_file
 
+from ..files import read_json, read_json_object
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..stages import STAGES
 from ..training_run import read_training_run
 from ..words import draw_words, top_words
+from .redaction import base_name, without_paths
 
 
 BEGIN = "<!-- vwlmm card: what stands from here to its end is written anew at every push -->"
@@ -76,7 +77,7 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, card_text:
     bases = [_listed(stage.get("base_model")) for stage in reversed(stages)]
     if is_adapter:
         # It may have been trained on a folder that has become this repository
-        bases.insert(0, _listed(_read_json(folder / "adapter_config.json").get("base_model_name_or_path")))
+        bases.insert(0, _listed(read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")))
     results = _read_eval_results(folder, stages)
     kept, before, after = _hand_written(folder, card_text)
     model_id = repo_id or folder.resolve().name
@@ -112,13 +113,6 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, card_text:
     card.text = "\n" + "\n\n".join(filter(None, [before, BEGIN, card.text.strip(), END, after])) + "\n"
     card.save(folder / "README.md")
     return card
-
-
-def _read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _load_adapter(folder, bases):
@@ -162,7 +156,7 @@ def _read_eval_results(folder, stages):
     path = folder / EVAL_RESULTS_NAME
     if not path.is_file():
         return []
-    results = _read_json(path)
+    results = read_json(path)
     if isinstance(results, dict):
         # As `trainer.save_metrics` writes it: it does not say on what it was measured, but the recipe may
         recipe = stages[-1].get("recipe") or {} if stages else {}
@@ -200,7 +194,7 @@ def _is_repo(name, own_folders=()):
 
 def _shown(name, own_folders=()):
     """A name without the place on a machine that it may be."""
-    return name if name is None or _is_repo(name, own_folders) else os.path.basename(os.path.normpath(name))
+    return name if name is None or _is_repo(name, own_folders) else base_name(name)
 
 
 def _own_folders(stages):
@@ -245,10 +239,9 @@ def _metadata(stages, bases, results, is_adapter, model_id):
 
 def _card_data(name):
     """Metadata of the card of a folder or repository, as far as it can be reached."""
-    missing_is_fine = ("gated_repo", "missing_entries", "connection_errors")
+    path = Path(name, "README.md") if os.path.isdir(name) else name
     try:
-        path = cached_file(name, "README.md", **{f"_raise_exceptions_for_{what}": False for what in missing_is_fine})
-        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path else {}
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}
 
@@ -271,14 +264,6 @@ def _facts(model, data):
     return {**facts, "license": data.get("license_name") or data.get("license") or unknown}
 
 
-def _without_places(value):
-    if isinstance(value, dict):
-        return {name: _without_places(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_places(item) for item in value]
-    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
-
-
 def _describe(stage, own_folders):
     """A row of the table of stages, and the stage's recipe as YAML."""
     recipe = stage.get("recipe") or {}
@@ -294,7 +279,7 @@ def _describe(stage, own_folders):
         "trains": ", ".join(_listed(recipe.get("trainable") or STAGES.get(stage.get("stage"), {}).get("trainable"))),
         "length": f"{steps} steps" if steps > 0 else f"{epochs} epochs" if epochs is not None else "",
         "learning_rate": recipe.get("learning_rate", ""),
-        "recipe": yaml.safe_dump(_without_places(shown), sort_keys=False).strip() if shown else None,
+        "recipe": yaml.safe_dump(without_paths(shown, is_log=True), sort_keys=False).strip() if shown else None,
     }
 
 
@@ -327,7 +312,7 @@ def _tables(results):
 
 def _losses(folder, stages):
     """The losses of each stage, from the folder that it wrote if that is at hand, else as the last card had them."""
-    known = _read_json(folder / LOSSES) if (folder / LOSSES).is_file() else []
+    known = read_json(folder / LOSSES) if (folder / LOSSES).is_file() else []
     names = [stage.get("stage") for stage in stages] or [None]
     # A stage wrote what the next one started from
     sources = [*((_listed(stage.get("base_model")) or [None])[0] for stage in stages[1:]), folder]
@@ -335,7 +320,7 @@ def _losses(folder, stages):
     for i, (name, source) in enumerate(zip(names, sources, strict=True)):
         path = Path(source or "") / "trainer_state.json"
         if source and path.is_file():
-            log = [entry for entry in _read_json(path)["log_history"] if "loss" in entry]
+            log = [entry for entry in read_json_object(path)["log_history"] if "loss" in entry]
             columns = {key: [entry[key] for entry in log if key in entry] for key in ("step", *_LOSSES)}
             losses.append({"stage": name, **{key: column for key, column in columns.items() if column}})
         else:

@@ -11,21 +11,6 @@ from importlib import metadata
 from pathlib import Path
 
 
-class _Hiding:
-    """A finder of modules that does not find some packages."""
-
-    def __init__(self, finder, hidden):
-        self.finder, self.hidden = finder, hidden
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname.partition(".")[0] in self.hidden:
-            return None
-        return self.finder.find_spec(fullname, path, target)
-
-
 def hide_all_but(distributions):
     """Leave nothing to import but these distributions, what they require and the standard library."""
     needed, queue = set(), list(distributions)
@@ -39,12 +24,10 @@ def hide_all_but(distributions):
             continue
         needed.add(name)
         queue += [re.match(r"[\w.-]+", line)[0] for line in requirements if "extra ==" not in line]
-    hidden = {"modeling_vwlmm"} | {
-        module
-        for module, owners in metadata.packages_distributions().items()
-        if not needed & {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners}
-    }
-    sys.meta_path[:] = [_Hiding(finder, hidden) for finder in sys.meta_path]
+    for module, owners in metadata.packages_distributions().items():
+        if not needed & {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners}:
+            sys.modules[module] = None  # Python's import refuses such a module, and find_spec finds none
+    sys.modules["modeling_vwlmm"] = None
 
 
 def main():

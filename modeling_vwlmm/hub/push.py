@@ -1,4 +1,4 @@
-"""Pushing to the Hub: in one commit, to a repository that is ours, and not without looking whether it arrived."""
+"""Pushes a model's folder to the Hub."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx2
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo, get_token, snapshot_download
@@ -24,7 +25,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from ..configuration_vwlmm import VWLmmConfig
 from ..weights import name_some
 from .card import write_card
-from .repository import check_loads, make_harmless, read_folder, stage
+from .repository import ModelFolder, check_loads, fill_repository, make_harmless, read_folder
 
 
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -32,13 +33,13 @@ _ANY_WEIGHTS = re.compile(r"[^/]*\.(safetensors|bin|gguf|pt|pth|ckpt|h5|msgpack|
 
 
 @contextlib.contextmanager
-def one_line(repo_id: str, token: str | None) -> Iterator[None]:
-    """What goes wrong on the way to the Hub, as an `OSError` of one line that has no token in it."""
+def explain_hub_errors(repo_id: str, token: str | None) -> Iterator[None]:
+    """Raise what goes wrong on the way to the Hub as an `OSError` of one line without the token."""
     try:
         try:
             yield
             return
-        except RuntimeError as error:  # names the file; what happened is its cause
+        except RuntimeError as error:  # huggingface_hub names the file here; what happened is the cause
             raise error.__cause__ or OSError(str(error)) from None
     except LocalTokenNotFoundError as error:
         cause, message = error, "there is no token: run `hf auth login`, or set HF_TOKEN"
@@ -63,7 +64,7 @@ def one_line(repo_id: str, token: str | None) -> Iterator[None]:
     raise OSError(" ".join(f"{repo_id}: {message}".split())) from cause
 
 
-def find_repo(
+def check_repository(
     repo_id: str,
     config: VWLmmConfig | None,
     base_model: str | None,
@@ -71,19 +72,22 @@ def find_repo(
     revision: str | None = None,
     token: str | None = None,
 ) -> tuple[str, ModelInfo | None]:
-    """The full name of a repository that a model may be pushed to, and what is there, None if it does not exist.
+    """Refuse a repository that a model cannot be pushed to.
+
+    Returns:
+        `tuple[str, ModelInfo | None]`: its full name and what is in it, None if it does not exist.
 
     Args:
         config ([`VWLmmConfig`], *optional*): of the model; None for an adapter.
         base_model (`str`, *optional*): the adapter's base model.
 
     Raises:
-        ValueError: the name is none, there is another model, or `private` is asked of a repository that is not.
-        OSError: there is no token, one that may not write, or no connection.
+        ValueError: the name is not valid, there is another model in it, or it is public though `private` is asked for.
+        OSError: there is no token, the token may not write, or there is no connection.
     """
     validate_repo_id(repo_id)
     api = HfApi(token=token)
-    with one_line(repo_id, token):
+    with explain_hub_errors(repo_id, token):
         user = api.whoami()
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise PermissionError(f"{repo_id}: the token may only read, expected one that may write")
@@ -127,7 +131,7 @@ def _download(api: HfApi, info: ModelInfo, name: str) -> str | None:
 
 
 def _check_base(api: HfApi, base_model: str, base: Path) -> None:
-    """That the repository has the weights which the adapter was seen to load on, and code to load them with."""
+    """Refuse a base model other than the one that the adapter was loaded on, or without code to load it with."""
     verified = api.verify_repo_checksums(base_model, local_dir=base)
     different = [mismatch["path"] for mismatch in verified.mismatches] + verified.extra_paths
     if any(name.endswith(".safetensors") for name in different):
@@ -136,52 +140,61 @@ def _check_base(api: HfApi, base_model: str, base: Path) -> None:
         raise ValueError(f"{base_model} has no code to load it without this package: push it with `vwlmm push`")
 
 
+class Prepared(NamedTuple):
+    """A repository as it would be sent, and the staged base model of an adapter, None for a model."""
+
+    folder: Path
+    base: Path | None
+    card: ModelCard
+
+
 def prepare(
-    folder: str | os.PathLike,
-    into: Path,
+    model: ModelFolder,
+    scratch: Path,
     repo_id: str,
     base_model: str | None = None,
     card_text: str | None = None,
     token: str | None = None,
-) -> ModelCard:
-    """Make the repository of a model folder, in a new folder, and see that it loads.
+) -> Prepared:
+    """Make the repository of a model or adapter, and load it as those who pull it will.
 
     Args:
+        model ([`~modeling_vwlmm.hub.repository.ModelFolder`]): what `read_folder` found.
+        scratch (`Path`): an empty folder, which the repository is made in.
         base_model (`str`, *optional*): the repository of an adapter's base model, if it was trained on a folder.
         card_text (`str`, *optional*): the card that is in the repository.
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]: the card.
 
     Raises:
         FileNotFoundError, ValueError: something is missing, does not load or holds a token.
         OSError: an adapter's base model cannot be downloaded.
     """
     validate_repo_id(repo_id)
-    folder = Path(folder)
-    _, trained_on = read_folder(folder)
-    base = None
-    if trained_on is not None:
-        base, source = into.with_name(into.name + "-base"), Path(trained_on)
-        if not source.is_dir():
-            # With the code of this package in place of its own, which nobody has said to trust
-            with one_line(trained_on, token):
-                source = Path(snapshot_download(trained_on, token=token, allow_patterns=["*.json", "*.safetensors"]))
-        elif base_model is None:
-            raise ValueError(
-                f"{folder} is an adapter of the folder {trained_on}: push that first, and name its repository with "
-                "--base-model"
-            )
-        read_folder(source)
-        stage(source, base)
-    stage(folder, into, base_model)
-    check_loads(into, folder, base)
+    staged, base = scratch / "repository", None
+    if model.trained_on is not None:
+        base = scratch / "base"
+        fill_repository(_find_base(model.folder, model.trained_on, base_model, token), base)
+    fill_repository(model.folder, staged, base_model)
+    check_loads(staged, model.folder, base)
     try:
-        card = write_card(into, repo_id, card_text)
+        card = write_card(staged, repo_id, card_text)
     except ValueError as error:
-        raise ValueError(str(error).replace(str(into), str(folder))) from error
-    make_harmless(into, folder, token)
-    return card
+        raise ValueError(str(error).replace(str(staged), str(model.folder))) from error
+    make_harmless(staged, model.folder, token)
+    return Prepared(staged, base, card)
+
+
+def _find_base(folder: Path, trained_on: str, base_model: str | None, token: str | None) -> Path:
+    """The folder of an adapter's base model. The code of its repository is not downloaded, so it cannot run."""
+    source = Path(trained_on)
+    if not source.is_dir():
+        with explain_hub_errors(trained_on, token):
+            source = Path(snapshot_download(trained_on, token=token, allow_patterns=["*.json", "*.safetensors"]))
+    elif base_model is None:
+        raise ValueError(
+            f"{folder} is an adapter of the folder {trained_on}: push that first, and name its repository with "
+            "--base-model"
+        )
+    return read_folder(source).folder
 
 
 def push(
@@ -195,17 +208,28 @@ def push(
     commit_message: str = "Upload model",
     token: str | None = None,
 ) -> CommitInfo:
-    """Push a model or an adapter, with its processor, card, logs and code, and see that it arrived.
+    """Push a model or an adapter, with its processor, card, logs and code, in one commit.
 
-    In one commit, of which nothing is sent if the folder does not load. What was sent before a connection broke is not
-    sent again by the next call.
+    A push is refused before anything is sent, and this is the order in which that is decided:
+
+    1. A pull request is asked for, and a branch beside it.
+    2. The folder has no VW-LMM model or adapter, or no processor: `read_folder`.
+    3. The repository cannot be written to, has another model in it, or is public though `private` is asked for:
+       `check_repository`.
+    4. An adapter's base model cannot be had by others, the folder does not load, a record is damaged, or a file would
+       hold a token: `prepare`.
+    5. The Hub does not take the card's metadata.
+    6. The repository of an adapter's base model has other weights, or no code.
+
+    After the commit the files in the repository are compared with those that were sent. If a connection breaks, the
+    next call sends only what has not arrived.
 
     Args:
-        folder (`str` or `os.PathLike`): of the model or adapter, which stays as it is.
-        repo_id (`str`): `name`, or `user/name`; made if it does not exist.
+        folder (`str` or `os.PathLike`): of the model or adapter. It stays as it is.
+        repo_id (`str`): `name`, or `user/name`. The repository is made if it does not exist.
         base_model (`str`, *optional*): the repository of an adapter's base model, if it was trained on a folder.
-        private (`bool`, *optional*): whether a new repository is.
-        revision (`str`, *optional*): the branch, made if it does not exist.
+        private (`bool`, *optional*): whether a new repository is private.
+        revision (`str`, *optional*): the branch. It is made if it does not exist.
         create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead.
 
     Raises:
@@ -214,38 +238,39 @@ def push(
     """
     if create_pr and revision is not None:
         raise ValueError("a pull request is always for the main branch: give no revision")
-    folder, token = Path(folder), token or get_token()
-    config, trained_on = read_folder(folder)
-    repo_id, info = find_repo(repo_id, config, base_model or trained_on, private, revision, token)
+    token = token or get_token()
+    model = read_folder(folder)
+    base_model_id = base_model or model.trained_on
+    repo_id, info = check_repository(repo_id, model.config, base_model_id, private, revision, token)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="vwlmm-push-") as scratch:
-        staged, base = Path(scratch) / "repository", Path(scratch) / "repository-base"
-        with one_line(repo_id, token):
+        with explain_hub_errors(repo_id, token):
             card_text = _download(api, info, "README.md") if info is not None else None
-        card = prepare(folder, staged, repo_id, base_model, card_text, token)
-        with one_line(repo_id, token):
-            card.validate()
-            if base.is_dir():
-                _check_base(api, base_model or trained_on, base)
+        prepared = prepare(model, Path(scratch), repo_id, base_model, card_text, token)
+        with explain_hub_errors(repo_id, token):
+            prepared.card.validate()
+            if prepared.base is not None:
+                _check_base(api, base_model_id, prepared.base)
             if info is None:
                 api.create_repo(repo_id, private=private)
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            local = {path.name for path in staged.iterdir()}
             commit = api.upload_folder(
                 repo_id=repo_id,
-                folder_path=staged,
+                folder_path=prepared.folder,
                 commit_message=commit_message,
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=info.sha if info is not None and not create_pr else None,
-                # Shards of another number
-                delete_patterns=[name for name in _files(info) if _WEIGHTS.fullmatch(name) and name not in local]
-                if info is not None
-                else None,
+                delete_patterns=_other_shards(info, prepared.folder) if info is not None else None,
             )
-            verified = api.verify_repo_checksums(repo_id, local_dir=staged, revision=commit.oid)
+            verified = api.verify_repo_checksums(repo_id, local_dir=prepared.folder, revision=commit.oid)
     failed = [mismatch["path"] for mismatch in verified.mismatches] + verified.extra_paths
     if failed:
         raise OSError(f"{repo_id}: {name_some(failed)} did not arrive as sent: push again")
     return commit
+
+
+def _other_shards(info: ModelInfo, staged: Path) -> list[str]:
+    """Weights in the repository that the new ones do not overwrite, because they had another number of shards."""
+    return [name for name in _files(info) if _WEIGHTS.fullmatch(name) and not (staged / name).exists()]

@@ -1,14 +1,12 @@
 """A model's repository, staged beside its folder: what belongs there, nothing that is private, and that it loads."""
 
-import json
 import os
-import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -17,9 +15,11 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..configuration_vwlmm import VWLmmConfig
+from ..files import read_json, read_json_object, write_json
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..weights import read_weights, write_weights
 from . import load_check
+from .redaction import holds_token, without_home, without_paths, without_secrets
 
 
 LARGEST_FILE = 5 * 10**9  # bytes; an upload that broke off goes on with the file where it did
@@ -37,97 +37,52 @@ VERBATIM = [
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "examples/*.png", "assets/losses.json"),
 ]
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
-_PATH = re.compile(
-    r"""(?<![\w.:/\\<>~*)-])(?:file://|~[\w-]*)?(?:/[^/\s"',;:()]+)+/?"""  # /home/me/x, ~/x
-    r"""|(?<!\w)[A-Za-z]:[\\/][^\s"',;]+|\\\\[\w.-]+\\[^\s"',;]+"""  # C:\x, \\host\x
-)
-_WHOLE_PATH = re.compile(r"(?:file://|[/~]|\.\.[/\\]|[A-Za-z]:[\\/]|\\\\)[^\n]*")
-
-
-def _read_json(path: Path) -> dict | list:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def _read_object(path: Path) -> dict:
-    content = _read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
-
-
-def _write_json(path: Path, content: dict | list) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _base_name(path: str) -> str:
-    name = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-    return "~" if name in ("", os.path.basename(os.path.expanduser("~"))) else name
-
-
-def without_secrets(text: str) -> str:
-    """A text without the Hub's tokens and the name of this machine."""
-    host = socket.gethostname()
-    if len(host) > 3 and host != "localhost":
-        text = re.sub(rf"\b{re.escape(host)}\b", "host", text)
-    return _TOKEN.sub("hf_***", text)
-
-
-def without_paths(value, is_log: bool, key: str = ""):
-    """A JSON value with the base names of its absolute paths.
-
-    Of a log all are shortened; of a config those that stand under a key that says so (`_name_or_path`), for it may
-    hold anything else that looks like a path.
-    """
-    if isinstance(value, dict):
-        return {without_paths(name, is_log): without_paths(item, is_log, name) for name, item in value.items()}
-    if isinstance(value, list):
-        return [without_paths(item, is_log, key) for item in value]
-    if not isinstance(value, str):
-        return value
-    if _WHOLE_PATH.fullmatch(value) and (is_log or re.search("path|file|dir|folder", key)):
-        return _base_name(value)
-    return _PATH.sub(lambda match: _base_name(match[0]), value) if is_log else value
 
 
 def _find(folder: Path, patterns: list[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
-def read_folder(folder: Path) -> tuple[VWLmmConfig | None, str | None]:
-    """The config of a folder's model, or the name of the base model of its adapter; the other is None.
+class ModelFolder(NamedTuple):
+    """A model's folder, and its config; or an adapter's folder, and the name of the model that it was trained on."""
+
+    folder: Path
+    config: VWLmmConfig | None
+    trained_on: str | None
+
+
+def read_folder(folder: str | os.PathLike) -> ModelFolder:
+    """Find the model or adapter in a folder.
 
     Raises:
         FileNotFoundError: there is no folder, no config, no weights or no processor.
         ValueError: it is not a VW-LMM model.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder, expected one that `vwlmm train` or `vwlmm convert` wrote")
-    config = base_model = None
+    config = trained_on = None
     if (folder / ADAPTER_CONFIG_NAME).is_file():
-        base_model = _read_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
-        if not base_model:
+        trained_on = read_json_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+        if not trained_on:
             raise ValueError(f"{folder / ADAPTER_CONFIG_NAME} names no base model")
         if not (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
             raise FileNotFoundError(f"{folder} has no weights, expected {ADAPTER_SAFE_WEIGHTS_NAME}")
     else:
         if not (folder / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"{folder} has no model, expected {CONFIG_NAME} or {ADAPTER_CONFIG_NAME}")
-        model_type = _read_object(folder / CONFIG_NAME).get("model_type")
-        VWLmmConfig.get_config_dict(folder)  # says how to convert a LLaVA
+        model_type = read_json_object(folder / CONFIG_NAME).get("model_type")
+        VWLmmConfig.get_config_dict(folder)  # names `vwlmm convert` if it is a LLaVA's
         if model_type != VWLmmConfig.model_type:
             raise ValueError(f'{folder} has a model of type "{model_type}", expected "{VWLmmConfig.model_type}"')
         config = VWLmmConfig.from_pretrained(folder)
         read_weights(folder)
     if not _find(folder, ["processor_config.json", "preprocessor_config.json"]):
         raise FileNotFoundError(f"{folder} has no processor, expected processor_config.json")
-    return config, base_model
+    return ModelFolder(folder, config, trained_on)
 
 
-def stage(folder: Path, into: Path, base_model: str | None = None) -> None:
+def fill_repository(folder: Path, into: Path, base_model: str | None = None) -> None:
     """Fill a new folder with what belongs into a repository; weights are links to those of the old one.
 
     Logs keep their paths, by which the card finds those of earlier stages.
@@ -152,14 +107,14 @@ def stage(folder: Path, into: Path, base_model: str | None = None) -> None:
     for file in _find(folder, CONFIGS):
         if file.name in left_out:
             continue
-        content = without_paths(_read_object(file), is_log=False)
+        content = without_paths(read_json_object(file), is_log=False)
         if file.name == CONFIG_NAME:
             content["auto_map"] = AUTO_MAP
         if file.name == ADAPTER_CONFIG_NAME and base_model is not None:
             content["base_model_name_or_path"] = base_model
-        _write_json(into / file.name, content)
+        write_json(into / file.name, content)
     for file in _find(folder, LOGS):
-        _read_json(file)  # or says that it is none
+        read_json(file)  # or says that it is none
         (into / file.name).write_text(without_secrets(file.read_text(encoding="utf-8")), encoding="utf-8")
     for file in _find(folder, VERBATIM):
         (into / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
@@ -176,14 +131,11 @@ def _link(file: Path, into: Path) -> None:
 def make_harmless(staged: Path, name: str | os.PathLike, token: str | None) -> None:
     """Shorten the paths in the logs and the card of a staged folder; `ValueError` if a file holds a token."""
     for file in _find(staged, LOGS):
-        _write_json(file, without_paths(_read_json(file), is_log=True))
+        write_json(file, without_paths(read_json(file), is_log=True))
     card = staged / "README.md"
-    home = re.escape(os.path.expanduser("~").rstrip("/"))
-    text = re.sub(rf"""{home}/[^\s"'`,;:()|]*""", lambda match: _base_name(match[0]), card.read_text(encoding="utf-8"))
-    card.write_text(text, encoding="utf-8")
+    card.write_text(without_home(card.read_text(encoding="utf-8")), encoding="utf-8")
     for file in sorted(path for path in staged.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
-        content = file.read_bytes().decode(errors="replace")
-        if _TOKEN.search(content) or (token and token in content):
+        if holds_token(file.read_bytes().decode(errors="replace"), token):
             raise ValueError(f"{file.relative_to(staged)} would hold a token of the Hub: remove it from {name}")
 
 

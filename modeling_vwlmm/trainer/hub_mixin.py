@@ -8,8 +8,8 @@ from huggingface_hub import run_as_future
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress, logging
 
-from ..hub.push import find_repo, push
-from ..hub.repository import stage
+from ..hub.push import check_repository, push
+from ..hub.repository import fill_repository
 
 
 logger = logging.get_logger(__name__)
@@ -44,7 +44,7 @@ class HubMixin:
                     "and train from its repository, or push the adapter afterwards with base_model"
                 )
             base_model = base_model or trained_on
-        self.hub_model_id, _ = find_repo(
+        self.hub_model_id, _ = check_repository(
             self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
             config,
             base_model,
@@ -106,7 +106,7 @@ class HubMixin:
         scratch = tempfile.TemporaryDirectory(prefix=".push-", dir=self.args.output_dir)
         copy = Path(scratch.name) / Path(checkpoint_folder).name
         try:
-            stage(Path(checkpoint_folder), copy)
+            fill_repository(Path(checkpoint_folder), copy)
         except (ValueError, OSError) as error:
             logger.warning(f"{copy.name} was not pushed: {error}")
             return

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import LoraConfig
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import BitsAndBytesConfig
 
 from ..stages import PARTS
@@ -110,6 +111,15 @@ def for_language_model(peft_config, parts):
     if peft_config.modules_to_save is None and parts is not None:
         peft_config.modules_to_save = [SAVED_WHOLE[part] for part in parts if part != "language_model"] or None
     return peft_config
+
+
+def parts_alone(parts: list[str]) -> LoraConfig:
+    """An adapter that trains whole parts, keys of `PARTS`, and adapts no layer."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=DUMMY_TARGET_MODULES,
+        modules_to_save=[SAVED_WHOLE[part] for part in parts],
+    )
 
 
 def skip_small_parts(quantization_config):

@@ -9,8 +9,8 @@ from trl.trainer.utils import create_model_from_path
 
 from ..configuration_vwlmm import VWLmmConfig
 from ..modeling_vwlmm import VWLmmForCausalLM
-from ..stages import STAGES, train_only
-from .lora import for_language_model, skip_small_parts
+from ..stages import STAGES, train_only, trained_parts
+from .lora import for_language_model, parts_alone, skip_small_parts
 from .sft_config import VWLmmSFTConfig
 
 
@@ -66,14 +66,21 @@ def set_stage(
     for name in fields[1:]:
         if name in settings:
             setattr(base_model.config, name, settings[name])
-    if peft_config is not None:
-        peft_config = for_language_model(peft_config, settings.get("trainable"))
+    trainable = settings.get("trainable")
+    if args.save_only_trained:
+        if peft_config is not None or is_peft_model(model):
+            raise ValueError("save_only_trained is for whole parts: an adapter is saved alone already")
+        if trainable is None or "language_model" in trainable:
+            raise ValueError(f"save_only_trained is for stages that do not train the LLM, but {trainable} train")
+        peft_config = parts_alone(trainable)
+    elif peft_config is not None:
+        peft_config = for_language_model(peft_config, trainable)
     elif is_peft_model(model):
         if args.trainable is not None:
             raise ValueError("trainable chooses whole parts of a model, but a PEFT model has been told what trains")
-    elif "trainable" in settings:
-        train_only(model, settings["trainable"])
-    if trains_only_the_vm_head(base_model):
+    elif trainable is not None:
+        train_only(model, trainable)
+    if trains_only_the_vm_head(base_model) or (args.save_only_trained and trainable == ["vm_head"]):
         # There is no graph to checkpoint, and checkpointing would make one: it asks for gradients of the inputs
         args.activation_checkpointing = args.gradient_checkpointing = False
     # accelerate's FSDP looks for each of them in the model, but CLIP names parts of its text tower too
@@ -84,5 +91,4 @@ def set_stage(
 
 def trains_only_the_vm_head(model: VWLmmForCausalLM) -> bool:
     """Whether the VM head alone trains, so that the LLM needs no graph: not where it reads pseudo image features."""
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return trained == ["model.vm_head.weight"] and not model.config.pseudo_image_features
+    return trained_parts(model) == ["vm_head"] and not model.config.pseudo_image_features

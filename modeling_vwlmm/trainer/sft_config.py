@@ -27,6 +27,10 @@ class VWLmmSFTConfig(SFTConfig):
         assistant_only_loss (`bool`, *optional*):
             Whether `messages` are scored on what the assistant says alone, with any chat template that renders turns
             one after another. They are, if not given.
+        save_only_trained (`bool`, *optional*, defaults to `False`):
+            Whether the parts that train are saved alone, as an adapter of the model that they were trained on. For
+            stages that do not train the LLM. The folder loads as long as that model is where it was; `vwlmm merge`
+            makes one model of both.
         skip_broken_images (`bool`, *optional*, defaults to `False`):
             Whether a sample whose image cannot be read is left out with a warning, and counted in the log as
             `skipped_samples`. It is an error otherwise.
@@ -60,6 +64,10 @@ class VWLmmSFTConfig(SFTConfig):
         },
     )
 
+    save_only_trained: bool = field(
+        default=False,
+        metadata={"help": "Save what trained alone, as an adapter of its base model, where the LLM is frozen."},
+    )
     skip_broken_images: bool = field(
         default=False,
         metadata={"help": "Leave out samples whose image cannot be read, and count them, instead of stopping."},

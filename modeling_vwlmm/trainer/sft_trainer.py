@@ -18,7 +18,7 @@ from ..data.collator import VWLmmDataCollator
 from ..data.load import columns_of, number_samples
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..stages import trained_parts
-from ..training_run import describe_run, read_training_run, write_training_run
+from ..training_run import describe_run, fingerprint, read_training_run, write_training_run
 from ..visual_word_loss import scored_positions
 from .checkpoints import WholeCheckpoints
 from .fused_head import add_visual_word_loss
@@ -79,6 +79,8 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         if not isinstance(base_model, VWLmmForCausalLM):
             raise TypeError(f"model must be a VWLmmForCausalLM, got a {type(base_model).__name__}")
         name = name or base_model.config.name_or_path
+        is_whole = getattr(base_model, "hf_quantizer", None) is None and not is_deepspeed_zero3_enabled()
+        base_fingerprint = fingerprint(base_model) if is_whole and not is_peft_model(model) else None
         peft_config = set_stage(model, args, peft_config)
         bypasses = args.label_smoothing_factor or kwargs.get("compute_loss_func")
         if base_model.config.visual_word_loss_weight and bypasses:
@@ -119,7 +121,9 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         self.scores_text = not trains_only_the_vm_head(base_model)
         run_record = {"recipe": args.given_fields, **(run_record or {})}
         peft_config = self.model.active_peft_config if is_peft_model(model) else peft_config
-        run = describe_run(name, base_model.config, args, trained_parts(base_model), peft_config, **run_record)
+        run = describe_run(
+            name, base_model.config, args, trained_parts(base_model), peft_config, base_fingerprint, **run_record
+        )
         self.stages = [*(read_training_run(name) if name else []), run]
         for doubt in doubts_about(args, name, self.stages, is_peft_model(self.model)):
             logger.warning(doubt)

@@ -24,6 +24,7 @@ from modeling_vwlmm.cli import main as vwlmm  # noqa: E402
 from modeling_vwlmm.data import easy_vqa, open_images  # noqa: E402
 from modeling_vwlmm.hub.card import EXAMPLES  # noqa: E402
 from modeling_vwlmm.hub.push import prepare  # noqa: E402
+from modeling_vwlmm.hub.repository import read_folder  # noqa: E402
 
 
 REPOSITORY = Path("hub_card/vwlmm-nano")
@@ -69,10 +70,9 @@ def save_examples(folder):
 def make_repository(folder):
     """Replace the repository folder by what `vwlmm push` would send of a model's."""
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = Path(scratch) / REPOSITORY.name
-        prepare(folder, prepared, REPOSITORY.name, card_text=CARD)
+        prepared = prepare(read_folder(folder), Path(scratch), REPOSITORY.name, card_text=CARD)
         shutil.rmtree(REPOSITORY, ignore_errors=True)
-        shutil.copytree(prepared, REPOSITORY)
+        shutil.copytree(prepared.folder, REPOSITORY)
     size = sum(path.stat().st_size for path in REPOSITORY.rglob("*") if path.is_file())
     print(f"{REPOSITORY}: {size / 1e6:.1f} MB")
 

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import PUBLISHED, write_published
 from safetensors.torch import load_file, save_file
-from test_convert import write_llava
-from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig
 
+from helpers.conversion import write_llava
+from helpers.published import PUBLISHED, write_published
+from helpers.tiny import tiny_model
 from modeling_vwlmm import VWLmmConfig, VWLmmForCausalLM, weights
 from modeling_vwlmm.cli import main
 
 
 CPU = ["--use_cpu", "true", "--bf16", "false"]
-NANO = Path(__file__).parent.parent / "hub_card" / "vwlmm-nano"
+NANO = Path(__file__).parents[2] / "hub_card" / "vwlmm-nano"
 
 
 @pytest.fixture

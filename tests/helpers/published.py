@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,8 +15,11 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from helpers import ROOT
+from modeling_vwlmm.naive import naive_divergence
 
-PUBLISHED = Path(__file__).parent / "data" / "published"
+
+PUBLISHED = ROOT / "tests" / "fixtures" / "published"
 VARIANTS = ["vicuna", "mistral", "vicuna-pif"]
 IMAGE = -200  # in published input ids, once an image
 LLMS = {
@@ -122,15 +124,14 @@ def reference(folder, tensors, input_ids, pixel_values, labels):
     features = tower(pixel_values.double(), output_hidden_states=True).hidden_states[-2][:, 1:]
     hidden = nn.functional.gelu(features @ w["model.mm_projector.0.weight"].T + w["model.mm_projector.0.bias"])
     features = (hidden @ w["model.mm_projector.2.weight"].T + w["model.mm_projector.2.bias"]).flatten(0, 1)
-    words = (features @ w["vm_head.weight"].T).softmax(-1)
+    visual_word_logits = features @ w["vm_head.weight"].T
     is_image = input_ids == IMAGE
     embeddings = llm.get_input_embeddings().weight
     inputs_embeds = embeddings[input_ids.masked_fill(is_image, 0)]
-    inputs_embeds[is_image] = words @ embeddings if "Pif" in architecture else features
+    inputs_embeds[is_image] = visual_word_logits.softmax(-1) @ embeddings if "Pif" in architecture else features
     logits = llm(inputs_embeds=inputs_embeds).logits
     lm_loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    predicted = logits.softmax(-1)[:, :-1][is_image[:, 1:]]
-    words = words[(torch.arange(input_ids.shape[1]) > 0).expand_as(is_image)[is_image]]
-    joint = (words * (words.log() - predicted.log())).sum(-1).mean()
-    vm_head = (predicted * (predicted.log() - words.log())).sum(-1).mean()
-    return {"logits": logits, "lm_loss": lm_loss, "visual_words": joint, "language_model": vm_head}
+    scored = (torch.arange(input_ids.shape[1]) > 0).expand_as(is_image)[is_image]
+    pairs = logits[:, :-1][is_image[:, 1:]], visual_word_logits[scored]
+    divergences = {name: naive_divergence(*pairs, name) / scored.sum() for name in ("visual_words", "language_model")}
+    return {"logits": logits, "lm_loss": lm_loss, **divergences}

@@ -1,7 +1,6 @@
 """Model cards: valid metadata, nothing that no record says, hand-written text kept."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,97 +10,16 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
-from test_cli import CPU, data, model_folder, recipe_of  # noqa: F401
-from test_trainer import picture
 
+from helpers import ROOT
+from helpers.cards import RESULTS, RUN, log, metadata_of, strange_figures, write
+from helpers.command_line import CPU, recipe_of
+from helpers.conversations import picture
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.hub.card import BEGIN, END, write_card
 
 
-ROOT = Path(__file__).parent.parent
-RUN = [
-    {"stage": "convert", "base_model": ["someone/llm", "someone/tower"], "recipe": {"output_dir": "runs/start"}},
-    {
-        "stage": "align",
-        "base_model": "runs/start",
-        "dataset": "someone/captions",
-        "recipe": {
-            "learning_rate": 0.003,
-            "max_steps": 7,
-            "output_dir": "/home/someone/runs/align",
-            "deepspeed": "/etc/z.json",
-        },
-        "versions": {"torch": "2.13.0", "trl": "1.16.0"},
-        "hardware": {"device": "A Device", "processes": 2},
-        "seed": 5,
-    },
-    {
-        "stage": "instruct",
-        "base_model": "/home/someone/runs/align",
-        "dataset": "/home/someone/secret/data.json",
-        "recipe": {"num_train_epochs": 2, "trainable": ["projector"], "output_dir": "runs/instruct"},
-        "peft": None,
-        "versions": {"torch": "2.13.0", "trl": "1.16.0"},
-        "hardware": {"device": "A Device", "processes": 2},
-        "seed": 5,
-    },
-]
-RESULTS = [
-    {
-        "task_type": "visual-question-answering",
-        "dataset_type": "someone/questions",
-        "dataset_name": "Questions",
-        "dataset_split": split,
-        "dataset_args": {"questions": 41},
-        "metric_type": "accuracy",
-        "metric_name": "right answers",
-        "metric_value": value,
-    }
-    for split, value in (("test", 0.8125), ("train", 0.9375))
-] + [
-    {
-        "task_type": "image-feature-extraction",
-        "dataset_type": "someone/questions",
-        "dataset_name": "Questions",
-        "metric_type": "perplexity",
-        "metric_value": 17.25,
-    }
-]
-
-
-def log(*losses):
-    return {
-        "log_history": [
-            {"step": 5 * i, "loss": loss, "lm_loss": loss, "vw_loss": 0.0} for i, loss in enumerate(losses, 1)
-        ]
-    }
-
-
-def write(folder, run=None, results=None, state=None):
-    for name, value in (("training_run.json", run), ("eval_results.json", results), ("trainer_state.json", state)):
-        if value is not None:
-            (folder / name).write_text(json.dumps(value))
-    return folder
-
-
-def metadata_of(folder):
-    """As a reader of the file finds it, beside this package."""
-    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
-
-
-def figures_of(text):
-    return set(re.findall(r"(?<![\w.-])\d+(?:\.\d+)*(?:e-?\d+)?", text))
-
-
-def strange_figures(folder):
-    """Figures of a card, but for its citation and what it calls things, that are in no record of its folder."""
-    text = ModelCard.load(folder / "README.md").text
-    text = text[text.index(BEGIN) : text.index("## Citation")].replace("2403.07720", "").replace("](assets", "")
-    records = [path.read_text() for path in folder.glob("*.json") if "tokenizer" not in path.name]
-    return figures_of(re.sub(r"\w+://\S+|`[^`]*`", "", text)) - figures_of(" ".join(records))
-
-
-def test_metadata_is_what_the_hub_reads(model_folder):  # noqa: F811
+def test_metadata_is_what_the_hub_reads(model_folder):
     write(model_folder, RUN, RESULTS, log(2.0, 1.0))
     returned = write_card(model_folder, "someone/model")
     found = metadata_of(model_folder)
@@ -125,7 +43,7 @@ def test_metadata_is_what_the_hub_reads(model_folder):  # noqa: F811
     assert loaded.data.to_dict() == found == returned.data.to_dict() and loaded.text == returned.text
 
 
-def test_says_what_the_records_say(model_folder):  # noqa: F811
+def test_says_what_the_records_say(model_folder):
     text = str(write_card(write(model_folder, RUN, RESULTS, log(2.0, 1.0)), "someone/model"))
     assert "| align | start | someone/captions | projector | 7 steps | 0.003 |" in text
     assert "| instruct | align | data.json | projector | 2 epochs |  |" in text
@@ -139,7 +57,7 @@ def test_says_what_the_records_say(model_folder):  # noqa: F811
     assert (model_folder / "assets/losses.png").is_file() and "](assets/losses.png)" in text
 
 
-def test_nothing_is_invented(model_folder):  # noqa: F811
+def test_nothing_is_invented(model_folder):
     text = str(write_card(model_folder))
     assert metadata_of(model_folder) == {
         "library_name": "transformers",
@@ -170,7 +88,7 @@ Before.
 """
 
 
-def test_what_is_written_by_hand_is_kept(model_folder):  # noqa: F811
+def test_what_is_written_by_hand_is_kept(model_folder):
     write(model_folder, results=RESULTS)
     write_card(model_folder, "someone/model", HAND_WRITTEN)
     # As someone goes on from there
@@ -198,7 +116,7 @@ def test_what_is_written_by_hand_is_kept(model_folder):  # noqa: F811
     assert "model-index" not in metadata_of(model_folder)
 
 
-def test_what_goes_with_a_renewed_key_is_renewed(model_folder):  # noqa: F811
+def test_what_goes_with_a_renewed_key_is_renewed(model_folder):
     old = write_card(write(model_folder, results=RESULTS), "someone/other").data.to_dict()
     old |= {"license": "other", "license_name": "mine", "license_link": "LICENSE", "base_model_relation": "quantized"}
     by_hand = f"---\n{yaml.safe_dump(old)}---\n"
@@ -211,7 +129,7 @@ def test_what_goes_with_a_renewed_key_is_renewed(model_folder):  # noqa: F811
 
 
 @pytest.mark.parametrize("draft", ["It has been trained using [TRL](https://github.com)", "[More Information Needed]"])
-def test_what_libraries_drafted_is_not_kept(model_folder, draft):  # noqa: F811
+def test_what_libraries_drafted_is_not_kept(model_folder, draft):
     (model_folder / "README.md").write_text(f"---\nlibrary_name: other\nlicence: license\n---\n\n{draft}\n")
     card = write_card(model_folder)
     assert draft not in card.text and "licence" not in metadata_of(model_folder)
@@ -227,7 +145,7 @@ def local_base(tmp_path, license):
     return str(tmp_path / "base")
 
 
-def test_licenses_of_base_models_carry_over(model_folder, tmp_path):  # noqa: F811
+def test_licenses_of_base_models_carry_over(model_folder, tmp_path):
     def license_of(*bases):
         text = write_card(write(model_folder, with_bases(*bases)), card_text="\n").text
         found = metadata_of(model_folder)
@@ -246,7 +164,7 @@ def test_licenses_of_base_models_carry_over(model_folder, tmp_path):  # noqa: F8
     assert metadata_of(model_folder)["base_model"] == "someone/unknown"
 
 
-def test_an_adapter(tmp_path, monkeypatch, model_folder, data):  # noqa: F811
+def test_an_adapter(tmp_path, monkeypatch, model_folder, data):
     monkeypatch.chdir(tmp_path)
     lora = ["--use_peft", "true", "--lora_r", "2", "--model", "model", "--output_dir", "adapter"]
     main(["train", "--config", recipe_of(tmp_path, model_folder, data), *CPU, *lora])
@@ -273,7 +191,7 @@ def test_an_adapter(tmp_path, monkeypatch, model_folder, data):  # noqa: F811
     assert "## Visual words" not in text
 
 
-def test_losses_of_all_stages_also_when_their_folders_are_gone(tmp_path, monkeypatch, model_folder, data):  # noqa: F811
+def test_losses_of_all_stages_also_when_their_folders_are_gone(tmp_path, monkeypatch, model_folder, data):
     monkeypatch.chdir(tmp_path)
     main(
         [
@@ -297,7 +215,7 @@ def test_losses_of_all_stages_also_when_their_folders_are_gone(tmp_path, monkeyp
     assert Image.open("second/assets/losses.png") == picture
 
 
-def test_visual_words_are_drawn_over_the_examples(model_folder):  # noqa: F811
+def test_visual_words_are_drawn_over_the_examples(model_folder):
     write_card(model_folder)
     drawn = Image.open(model_folder / "assets/visual_words.png")
     (model_folder / "examples").mkdir()
@@ -308,7 +226,7 @@ def test_visual_words_are_drawn_over_the_examples(model_folder):  # noqa: F811
     assert three.size[0] > drawn.size[0] and three.size[1] > drawn.size[1]
 
 
-def test_results_as_transformers_writes_them(model_folder):  # noqa: F811
+def test_results_as_transformers_writes_them(model_folder):
     flat = {"eval_loss": 0.25, "eval_vw_loss": 0.125, "eval_runtime": 3.5}
     write(model_folder, results=flat)
     assert "None is recorded." in write_card(model_folder).text  # on what?
@@ -317,7 +235,7 @@ def test_results_as_transformers_writes_them(model_folder):  # noqa: F811
     assert "| test.json |" in text and "| vw_loss | 0.125 |" in text and "/data" not in text
 
 
-def test_errors_name_the_record(model_folder, tmp_path):  # noqa: F811
+def test_errors_name_the_record(model_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no config.json or adapter_config.json"):
         write_card(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="the present card of model has metadata that cannot be read"):

@@ -1,4 +1,4 @@
-"""Pushed over HTTP to a server on this machine, and pulled by a stranger into an empty cache."""
+"""Pushed over HTTP to a server on this machine, then pulled by a stranger into an empty cache."""
 
 import json
 import socket
@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import TOKEN, environment, local_hub
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_lora import logits_of
-from test_trainer import picture, tiny_processor
-from tiny import tiny_batch, tiny_model, without_labels
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from helpers.adapters import logits_of
+from helpers.conversations import picture, tiny_processor
+from helpers.hub_server import TOKEN, environment, local_hub
+from helpers.tiny import tiny_batch, tiny_model, without_labels
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.hub import load_check
-from modeling_vwlmm.hub.repository import make_harmless, without_paths
 
 
 HOST = "anns-desktop"
@@ -106,40 +105,6 @@ def test_the_card(published):
     for repo in hub.repos:
         card = ModelCard(hub.files(repo)["README.md"].decode())
         assert card.data.pipeline_tag == "image-text-to-text" and "vwlmm" in card.data.tags
-
-
-@pytest.mark.parametrize(
-    "text,expected",
-    [
-        ("/home/ann/runs/7b", "7b"),
-        ("~/runs/7b/", "7b"),
-        ("../ann/7b", "7b"),
-        (r"C:\Users\ann\7b", "7b"),
-        (str(Path.home()), "~"),
-        ("/data/My Pictures/x.json", "x.json"),
-        (
-            "vwlmm train --output_dir=/home/ann/out --config recipes/x.yaml",
-            "vwlmm train --output_dir=out --config recipes/x.yaml",
-        ),
-        ("me/model", "me/model"),
-        ("https://example.org/a/b", "https://example.org/a/b"),
-        ("and/or 1/2 </s>", "and/or 1/2 </s>"),
-    ],
-)
-def test_paths_in_logs(text, expected):
-    assert without_paths({"a": [text]}, is_log=True) == {"a": [expected]}
-
-
-def test_of_a_config_no_more_changes_than_has_to():
-    config = {"text_config": {"_name_or_path": "/home/ann/7b"}, "target_modules": r".*\.(q|v)_proj", "x": "/home/ann"}
-    assert without_paths(config, is_log=False) == {**config, "text_config": {"_name_or_path": "7b"}}
-
-
-def test_paths_in_a_card(tmp_path):
-    card = tmp_path / "README.md"
-    card.write_text(f"Trained on `{Path.home()}/x/data.json`, see https://example.org{Path.home()}x and /etc/x.")
-    make_harmless(tmp_path, tmp_path, None)
-    assert card.read_text() == f"Trained on `data.json`, see https://example.org{Path.home()}x and /etc/x."
 
 
 STRANGER = """

@@ -1,40 +1,32 @@
-"""Pushing what cannot be pushed, or over a connection that breaks: one line, and nothing or all of it there."""
+"""Pushing what cannot be pushed, or over a connection that breaks: one line, nothing or all of it there."""
 
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from hub_server import READ_ONLY, TOKEN, Repo, local_hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
-from test_cli import error_of
-from test_lora import base_folder, train
-from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import modeling_vwlmm
 import modeling_vwlmm.hub.push as hub_module
+from helpers.adapters import base_folder, train
+from helpers.command_line import error_of
+from helpers.hub_server import READ_ONLY, TOKEN, Repo
+from helpers.tiny import tiny_model
 from modeling_vwlmm import weights
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.hub import repository
 from modeling_vwlmm.hub.push import push
-from modeling_vwlmm.hub.repository import check_loads, stage
-from modeling_vwlmm.trainer import hub_mixin
+from modeling_vwlmm.hub.repository import check_loads
 from modeling_vwlmm.weights import read_weights
 
 
 CODE = "modeling_vwlmm.py"
-
-
-@pytest.fixture
-def hub(tmp_path):
-    with local_hub(tmp_path / "cache") as hub:
-        yield hub
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +46,6 @@ def sharded(tmp_path_factory, model):
 def folder(tmp_path, model):
     """Of a tiny model, to be damaged."""
     return shutil.copytree(model, tmp_path / "folder")
-
-
-@pytest.fixture
-def checked(monkeypatch):
-    """The folders that would have been loaded, which is seen to elsewhere; retries do not wait."""
-    names = []
-    monkeypatch.setattr(hub_module, "check_loads", lambda staged, name, *arguments: names.append(name))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    return names
 
 
 def refused(capsys, hub, *argv):
@@ -121,7 +104,7 @@ def test_a_folder_that_would_not_load(folder, hub, capsys, case):
 
 
 def test_code_that_needs_more_than_torch_and_transformers(folder, tmp_path):
-    stage(folder, tmp_path / "staged")
+    fill_repository(folder, tmp_path / "staged")
     (tmp_path / "staged" / "visual_word_loss.py").write_text("import trl")
     with pytest.raises(ValueError, match="folder does not load without this package: .*trl"):
         check_loads(tmp_path / "staged", folder)
@@ -300,17 +283,6 @@ def test_weights_are_sharded_and_old_shards_go(tmp_path, model, hub, checked, mo
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_weights_that_are_pickled_become_safetensors(tmp_path, folder):
-    expected = load_file(folder / "model.safetensors")
-    torch.save(expected, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    stage(folder, tmp_path / "staged")
-    assert [path.name for path in (tmp_path / "staged").glob("*model*.*") if path.suffix not in (".py", ".json")] == [
-        "model.safetensors"
-    ]
-    assert load_file(tmp_path / "staged" / "model.safetensors").keys() == expected.keys()
-
-
 def test_a_dry_run_sends_nothing(model, hub, capsys):
     capsys.readouterr()
     main(["push", str(model), "me/model", "--dry-run"])
@@ -318,66 +290,3 @@ def test_a_dry_run_sends_nothing(model, hub, capsys):
     size = (model / "model.safetensors").stat().st_size
     assert f"{size:,}  model.safetensors" in printed and "pipeline_tag: image-text-to-text" in printed
     assert not hub.requests
-
-
-def test_training_pushes_checkpoints_and_the_model(tmp_path, hub, checked, monkeypatch):
-    """The first of them when it has been deleted."""
-
-    def push_late(folder, *arguments, **switches):
-        deadline = time.monotonic() + 60
-        while Path(folder).name == "checkpoint-1" and (tmp_path / "out" / "checkpoint-1").exists():
-            assert time.monotonic() < deadline
-        return push(folder, *arguments, **switches)
-
-    monkeypatch.setattr(hub_mixin, "push", push_late)
-    trainer = train_model(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=1, hub_always_push=True)
-    trainer.train()
-    trainer.save_model()
-    titles = list(hub.repos["me/trained"].titles.values())
-    assert titles == ["initial commit", *(f"Training in progress, step {i}" for i in (1, 2)), "Model save"]
-    assert len(checked) == 3
-    files = hub.files("me/trained")
-    assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert "log_history" in json.loads(files["trainer_state.json"]) and "modeling_vwlmm.py" in files
-    assert not any(path.startswith(("checkpoint", "optimizer", "training_args")) for path in files)
-    assert not any(TOKEN.encode() in content for content in files.values())
-    assert not list((tmp_path / "out").glob(".push-*"))
-
-
-def train_model(tmp_path, **arguments):
-    from test_trainer import conversations, sft_config
-
-    from modeling_vwlmm.trainer import VWLmmSFTTrainer
-
-    hub_arguments = {"push_to_hub": True, "hub_model_id": "me/trained", "hub_token": TOKEN}
-    config = sft_config(tmp_path / "out", stage="joint", max_steps=2, **{**hub_arguments, **arguments})
-    return VWLmmSFTTrainer(str(base_folder(tmp_path)), config, train_dataset=conversations())
-
-
-def test_a_push_that_fails_does_not_end_training(tmp_path, hub, checked, monkeypatch):
-    warnings = []
-    monkeypatch.setattr(hub_mixin.logger, "warning", warnings.append)
-    hub.faults.append(("commit", 500))
-    trainer = train_model(tmp_path, save_strategy="steps", save_steps=1, hub_always_push=True)
-    trainer.train()
-    assert len(warnings) == 1 and "checkpoint-1 was not pushed: me/trained: the Hub answered 500" in warnings[0]
-    assert list(hub.repos["me/trained"].titles.values())[-1] == "Training in progress, step 2"
-
-
-def test_training_that_could_not_be_pushed_does_not_start(tmp_path, hub, monkeypatch):
-    with pytest.raises(ValueError, match='hub_strategy is "checkpoint", which uploads optimizer states'):
-        train_model(tmp_path, hub_strategy="checkpoint")
-    with pytest.raises(ValueError, match="cannot be loaded by others: push that first"):
-        train(tmp_path, push_to_hub=True, hub_model_id="me/adapter")
-    with pytest.raises(OSError, match="may only read"):
-        train_model(tmp_path, hub_token=READ_ONLY)
-    assert not hub.repos
-
-
-def test_a_trainer_pushes_its_adapter(tmp_path, hub, checked):
-    base = base_folder(tmp_path)
-    push(base, "me/base")
-    trainer = train(tmp_path, base)
-    trainer.push_to_hub(base_model="me/base", dataset_name="easy-vqa")
-    config = json.loads(hub.files("me/adapter")["adapter_config.json"])
-    assert config["base_model_name_or_path"] == "me/base"

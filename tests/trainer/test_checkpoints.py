@@ -10,10 +10,12 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from test_cli import CPU, data, model_folder, recipe_of  # noqa: F401
-from test_trainer import conversations, first_gradients, sft_config, tiny_processor, trainer_of
-from tiny import tiny_model
 
+from helpers import ROOT
+from helpers.command_line import CPU, recipe_of
+from helpers.conversations import conversations, tiny_processor
+from helpers.tiny import tiny_model
+from helpers.training import first_gradients, sft_config, trainer_of
 from modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.trainer import VWLmmSFTTrainer
@@ -34,7 +36,7 @@ def error_of(capsys, *argv):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_killed_while_saving_it_ends_with_the_same_weights(tmp_path, lora):
-    script = Path(__file__).parent / "kill_while_saving.py"
+    script = ROOT / "tests" / "kill_while_saving.py"
     command = [sys.executable, script, tmp_path / "runs", "--times", "3", *(["--lora"] if lora else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -42,7 +44,7 @@ def test_killed_while_saving_it_ends_with_the_same_weights(tmp_path, lora):
 
 
 @pytest.fixture
-def recipe(tmp_path, model_folder, data):  # noqa: F811
+def recipe(tmp_path, model_folder, data):
     return recipe_of(tmp_path, model_folder, data, max_steps=3, learning_rate=0.01)
 
 
@@ -188,7 +190,7 @@ def test_what_is_not_finite_ends_the_run_before_it_is_saved(
 
 
 @pytest.fixture
-def broken(data):  # noqa: F811
+def broken(data):
     """A training set whose third image has become something else."""
 
     def break_it():
@@ -246,7 +248,7 @@ def test_decoded_images_name_their_sample_too(tmp_path):
         trainer_of(tmp_path, dataset=dataset).train()
 
 
-def test_a_removed_data_file_is_named_and_nothing_is_lost(tmp_path, capsys, recipe, data):  # noqa: F811
+def test_a_removed_data_file_is_named_and_nothing_is_lost(tmp_path, capsys, recipe, data):
     main(["train", "--config", recipe, *SAVES])
     data.unlink()
     assert error_of(capsys, "train", "--config", recipe, *SAVES) == f"vwlmm train: {data}: no such data file"

@@ -1,7 +1,6 @@
 """Two processes train what one does, on the CPU (gloo): DDP, FSDP2 and, where DeepSpeed is installed, ZeRO."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +8,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import is_deepspeed_available
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoProcessor
+
+from helpers import ROOT
+from helpers.tiny import tiny_model
+from modeling_vwlmm.training_run import read_training_run
 from two_processes import CASES, launch, write_bases
 
-from modeling_vwlmm.training_run import read_training_run
 
-
-ROOT = Path(__file__).parent.parent
 KINDS = ["ddp", "fsdp2", *(["zero2", "zero3"] if is_deepspeed_available() else [])]
 
 

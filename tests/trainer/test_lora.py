@@ -1,4 +1,4 @@
-"""LoRA: adapters on the LLM alone, one folder with all that was trained, merged without a trace."""
+"""LoRA: adapters on the LLM alone, one folder with all that was trained."""
 
 import json
 import subprocess
@@ -9,60 +9,21 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from test_cli import ROOT, data, model_folder  # noqa: F401
-from test_trainer import conversations, picture, sft_config, tiny_processor
-from tiny import LLMS, TOWERS, tiny_batch, tiny_model, without_labels
 from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
 
-from modeling_vwlmm import VWLmmForCausalLM
+from helpers import ROOT
+from helpers.adapters import SWITCHES, base_folder, logits_of, train
+from helpers.conversations import conversations
+from helpers.tiny import LLMS, TOWERS, tiny_batch, without_labels
+from helpers.training import sft_config
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.trainer import VWLmmSFTTrainer
-
-
-SWITCHES = {
-    "plain": {},
-    "all-linear": {"target_modules": "all-linear"},
-    "two": {"target_modules": ["q_proj", "v_proj"]},
-    "not one": {"exclude_modules": ["q_proj"]},
-    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
-    "dora": {"use_dora": True},
-    "rslora": {"use_rslora": True},
-    "pissa": {"init_lora_weights": "pissa"},
-    "bias": {"bias": "lora_only"},
-}
-
-
-def base_folder(tmp_path, **model):
-    model = tiny_model(**model)
-    model.save_pretrained(tmp_path / "base")
-    tiny_processor(model.config).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-def train(tmp_path, base=None, stage="joint", lora=(), **kwargs):
-    """An adapter in tmp_path / "adapter", and the trainer."""
-    base = base or base_folder(tmp_path)
-    arguments = {"stage": stage, "learning_rate": 0.1, "max_steps": 2, **kwargs}
-    trainer = VWLmmSFTTrainer(
-        str(base),
-        sft_config(tmp_path / "adapter", **arguments),
-        train_dataset=conversations(),
-        peft_config=LoraConfig(r=2, task_type="CAUSAL_LM", **dict(lora)),
-    )
-    trainer.train()
-    trainer.save_model()
-    return trainer
 
 
 def adapted(model):
     return {
         name.removeprefix("base_model.model.") for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
     }
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model.eval()(**without_labels(tiny_batch(model.config))).logits
 
 
 def linear_layers(llm):
@@ -215,65 +176,11 @@ def test_a_second_adapter_beside_the_first(tmp_path):
     assert torch.equal(logits_of(model), logits_of(LOADS["peft"](tmp_path / "base", tmp_path / "adapter")))
 
 
-@pytest.mark.parametrize("switch", ["plain", "dora", "rslora"])
-@pytest.mark.parametrize("llm", LLMS)
-def test_merged_logits_are_the_adapters(tmp_path, llm, switch):
-    base = base_folder(tmp_path, llm=llm)
-    parts = ["projector", "language_model", "vm_head"]
-    model = train(tmp_path, base, trainable=parts, lora=SWITCHES[switch], learning_rate=0.01).model
-    main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
-    assert not list((tmp_path / "merged").glob("adapter*"))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert type(merged) is VWLmmForCausalLM and not any("lora" in name for name in merged.state_dict())
-    expected = logits_of(model)
-    torch.testing.assert_close(logits_of(merged), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-    assert not torch.allclose(expected, logits_of(AutoModelForCausalLM.from_pretrained(base)), atol=1e-3)
-    pixel_values = tiny_batch(model.config)["pixel_values"]
-    words = model.get_base_model().visual_words(pixel_values)
-    torch.testing.assert_close(merged.visual_words(pixel_values), words, rtol=1e-5, atol=1e-6)
-    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
-    assert processor(images=picture(0), text="<image>")["input_ids"]
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert stop.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vwlmm")]
-    return line
-
-
-def test_a_merged_model_has_the_config_it_was_trained_with(tmp_path):
-    base = base_folder(tmp_path, visual_word_target="language_model", detach_visual_words=True)
-    train(tmp_path, base, stage="joint", visual_word_loss_weight=0.5, learning_rate=0.01)
-    main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
-    config = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config
-    assert (config.visual_word_target, config.visual_word_loss_weight) == ("visual_words", 0.5)
-    assert config.detach_visual_words
-
-
 def test_pseudo_image_features_that_an_adapter_could_not_tell(tmp_path):
     base = base_folder(tmp_path)
     with pytest.raises(ValueError, match="base has pseudo_image_features False: change it there"):
         train(tmp_path, base, model_init_kwargs={"pseudo_image_features": True})
     train(tmp_path, base_folder(tmp_path / "other", pseudo_image_features=True))
-
-
-def test_merging_what_changes_nothing(tmp_path, capsys):
-    train(tmp_path, trainable=["language_model"], learning_rate=0.0)
-    assert "changes nothing" in refused(capsys, "merge", tmp_path / "adapter", tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
-
-
-def test_merging_what_is_no_adapter(tmp_path, capsys):
-    base = base_folder(tmp_path)
-    assert f"{base} is no adapter" in refused(capsys, "merge", base, tmp_path / "merged")
-    train(tmp_path, base)
-    assert "exists already" in refused(capsys, "merge", tmp_path / "adapter", base)
-    config = tmp_path / "adapter" / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "no/base"}))
-    assert "no/base" in refused(capsys, "merge", tmp_path / "adapter", tmp_path / "merged")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_an_adapter_is_merged_before_it_is_trained_on(tmp_path):
@@ -283,7 +190,7 @@ def test_an_adapter_is_merged_before_it_is_trained_on(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["lora", "qlora"])
-def test_recipes_run_and_merge(tmp_path, model_folder, data, recipe):  # noqa: F811
+def test_recipes_run_and_merge(tmp_path, model_folder, data, recipe):
     """In bfloat16, on the CPU."""
     flags = {"model": model_folder, "dataset": data, "image_folder": data.parent / "images"}
     flags |= {"output_dir": tmp_path / "adapter", "use_cpu": True, "max_steps": 2, "learning_rate": 0.01}

@@ -1,0 +1,56 @@
+"""Takes what is private out of a text or a JSON value: paths, tokens of the Hub, the name of the machine."""
+
+import os
+import re
+import socket
+from typing import Any
+
+
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+_PATH = re.compile(
+    r"""(?<![\w.:/\\<>~*)-])(?:file://|~[\w-]*)?(?:/[^/\s"',;:()]+)+/?"""  # /home/me/x, ~/x
+    r"""|(?<!\w)[A-Za-z]:[\\/][^\s"',;]+|\\\\[\w.-]+\\[^\s"',;]+"""  # C:\x, \\host\x
+)
+_WHOLE_PATH = re.compile(r"(?:file://|[/~]|\.\.[/\\]|[A-Za-z]:[\\/]|\\\\)[^\n]*")
+
+
+def base_name(path: str) -> str:
+    """The last part of a path, of any system; `~` for the home folder, which often is the name of a person."""
+    name = re.split(r"[/\\]", os.path.normpath(path).rstrip("/\\"))[-1]
+    return "~" if name in ("", os.path.basename(os.path.expanduser("~"))) else name
+
+
+def holds_token(text: str, token: str | None = None) -> bool:
+    """Whether a text holds this token, or anything that looks like a token of the Hub."""
+    return bool(_TOKEN.search(text)) or bool(token and token in text)
+
+
+def without_secrets(text: str) -> str:
+    """A text without tokens of the Hub and without the name of this machine."""
+    host = socket.gethostname()
+    if len(host) > 3 and host != "localhost":
+        text = re.sub(rf"\b{re.escape(host)}\b", "host", text)
+    return _TOKEN.sub("hf_***", text)
+
+
+def without_home(text: str) -> str:
+    """A text with the base names of the paths in the home folder."""
+    home = re.escape(os.path.expanduser("~").rstrip("/"))
+    return re.sub(rf"""{home}/[^\s"'`,;:()|]*""", lambda match: base_name(match[0]), text)
+
+
+def without_paths(value: Any, is_log: bool, key: str = "") -> Any:
+    """A JSON value with the base names of its absolute paths.
+
+    In a log every path is shortened. A config may hold other things that look like a path, such as a regular
+    expression, so there a string is shortened only if all of it is a path and its key says so (`_name_or_path`).
+    """
+    if isinstance(value, dict):
+        return {without_paths(name, is_log): without_paths(item, is_log, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item, is_log, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    if _WHOLE_PATH.fullmatch(value) and (is_log or re.search("path|file|dir|folder", key)):
+        return base_name(value)
+    return _PATH.sub(lambda match: base_name(match[0]), value) if is_log else value

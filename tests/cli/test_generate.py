@@ -1,0 +1,27 @@
+"""`vwlmm generate`."""
+
+import json
+
+from helpers.command_line import error_of
+from helpers.conversations import picture, tiny_processor
+from modeling_vwlmm import VWLmmForCausalLM
+from modeling_vwlmm.cli import main
+
+
+def test_weights_that_disagree_with_the_config_are_one_line_and_status_2(tmp_path, capsys, model_folder):
+    config = json.loads((model_folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 8
+    (model_folder / "config.json").write_text(json.dumps(config))
+    picture(0).save(tmp_path / "a.png")
+    message = error_of(capsys, "generate", str(model_folder), str(tmp_path / "a.png"), "--prompt", "w5")
+    assert "of another shape than the config says" in message and "mlp.up_proj.weight" in message
+
+
+def test_generate_prints_what_the_model_generates(tmp_path, capsys, model_folder):
+    picture(0).save(tmp_path / "a.png")
+    main(["generate", str(model_folder), str(tmp_path / "a.png"), "--prompt", "w20 w21", "--max-new-tokens", "4"])
+    model = VWLmmForCausalLM.from_pretrained(model_folder).eval()
+    processor = tiny_processor(model.config)
+    inputs = processor(images=picture(0), text="<s><image> w20 w21 w97", add_special_tokens=False, return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert capsys.readouterr().out.split() == processor.tokenizer.decode(expected, skip_special_tokens=True).split()

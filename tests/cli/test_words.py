@@ -1,0 +1,30 @@
+"""`vwlmm words`."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from helpers.conversations import picture, tiny_processor
+from modeling_vwlmm import VWLmmForCausalLM
+from modeling_vwlmm.cli import main
+
+
+def test_words_draws_and_prints(tmp_path, capsys, model_folder):
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for i, path in enumerate(paths):
+        picture(i).save(path)
+    main(["words", str(model_folder), *paths, "--output", str(tmp_path / "words.png"), "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    model = VWLmmForCausalLM.from_pretrained(model_folder).eval()
+    processor = tiny_processor(model.config)
+    pixel_values = processor.image_processor([picture(i) for i in range(3)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        probabilities = model.visual_words(pixel_values)
+    for image, path, expected in zip(printed, paths, probabilities, strict=True):
+        assert image["image"] == path and len(image["patches"]) == model.config.image_seq_length
+        for patch, distribution in zip(image["patches"], expected, strict=True):
+            assert [probability for _, probability in patch] == pytest.approx(distribution.topk(3).values.tolist())
+            assert patch[0][0] == processor.tokenizer.decode([distribution.argmax()])
+    assert Image.open(tmp_path / "words.png").size[0] > 1000
