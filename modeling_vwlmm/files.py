@@ -1,4 +1,4 @@
-"""Reading and writing files so that what is broken is named or not there."""
+"""Helpers for files that may be broken when they are read or interrupted when they are written."""
 
 import contextlib
 import json

@@ -89,7 +89,7 @@ class VWLmmPreTrainedModel(LlavaPreTrainedModel):
         **kwargs,
     ) -> _Model:
         """As in transformers, but weights that are missing, unexpected or of another shape are a `ValueError`."""
-        # transformers' own error for a tensor of another shape does not name the checkpoint, so it may not raise it
+        # transformers' own error for a tensor of another shape does not name the checkpoint, so the one below does
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

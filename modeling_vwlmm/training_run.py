@@ -19,7 +19,7 @@ from .configuration_vwlmm import VWLmmConfig
 from .files import read_json, write_json
 
 
-if TYPE_CHECKING:  # to read a record takes neither
+if TYPE_CHECKING:  # the record of a run is read without them
     from peft import PeftConfig
     from transformers import TrainingArguments
 
@@ -65,7 +65,7 @@ def write_training_run(folder: str | os.PathLike, stages: list[dict]) -> None:
 
 
 def given_fields(arguments: Any, names: Collection[str] | None = None) -> dict[str, Any]:
-    """Those fields of a dataclass, as JSON has them, that have the given names or else differ from their defaults."""
+    """The fields of a dataclass that have the given names, or else differ from their defaults, as JSON has them."""
     given = {}
     for field in fields(arguments):
         default = field.default_factory() if callable(field.default_factory) else field.default

@@ -150,7 +150,7 @@ def _kl_and_gradients_(a, b, needs_target_grad):
     m - logsumexp(a) + logsumexp(b). Its gradients are target (g - m) for a and predicted - target for b.
     """
     target, predicted = a.softmax(-1), b.softmax(-1)
-    # logsumexp = max - log(largest probability), which spares another pass over V
+    # The largest probability is exp(max - logsumexp), so logsumexp is max - log(largest probability)
     logsumexps = b.amax(-1) - a.amax(-1) + target.amax(-1).log_() - predicted.amax(-1).log_()
     mean_gap = a.sub_(b).mul_(target).sum(-1)
     if needs_target_grad:

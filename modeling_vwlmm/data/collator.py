@@ -119,7 +119,7 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         return example
 
     def _adds_bos_token(self, text: str) -> bool:
-        """Whether the tokenizer adds a beginning-of-sequence token to this text, which has none from its template."""
+        """Whether the tokenizer is to add a beginning-of-sequence token, because the template wrote none."""
         tokenizer = self.processor.tokenizer
         if tokenizer.bos_token is None or text.startswith(tokenizer.bos_token):
             return False

@@ -1,4 +1,4 @@
-"""Checkpoints that a killed run leaves whole or not at all, for it to go on from."""
+"""Checkpoints that a run can go on from, whole even if it was killed while it saved."""
 
 import contextlib
 import json
