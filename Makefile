@@ -35,6 +35,7 @@ test: $(VENV)/installed
 quality: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 style: $(VENV)/installed
 	$(BIN)/ruff check --fix .

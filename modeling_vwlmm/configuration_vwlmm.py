@@ -88,7 +88,7 @@ class VWLmmConfig(LlavaConfig):
     visual_vocab_size: int | None = None
     pseudo_image_features: bool = False
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
         vocab_size = self.text_config.vocab_size
         if self.visual_vocab_size is None:
@@ -112,7 +112,7 @@ class VWLmmConfig(LlavaConfig):
 
     @classmethod
     def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == "llava" or "mm_vision_tower" in config_dict:
@@ -123,7 +123,7 @@ class VWLmmConfig(LlavaConfig):
         return config_dict, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "VWLmmConfig":
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "VWLmmConfig":
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(f'expected a model of type "{cls.model_type}", got one of type "{model_type}"')
@@ -164,19 +164,21 @@ class VWLmmConfig(LlavaConfig):
         )
 
 
-# Building a tower is slow, and under DeepSpeed's ZeRO-3 a tower that is built while a model loads loses its weights.
-# The cache builds one a config, as a rule before any model loads
+# Under DeepSpeed's ZeRO-3 a tower that is built while a model loads has no weights and cannot run, so the cache has to
+# know its shape by then
 @functools.lru_cache
 def _image_feature_shape(
     vision_config: str, image_size: tuple[int, int], layers: int | tuple[int, ...], strategy: str
 ) -> tuple[int, int]:
-    vision_config = AutoConfig.for_model(**json.loads(vision_config))
+    config = AutoConfig.for_model(**json.loads(vision_config))
     with torch.device("meta"):
-        tower = AutoModel.from_config(vision_config)
-        pixel_values = torch.empty(1, getattr(vision_config, "num_channels", 3), *image_size)
+        tower = AutoModel.from_config(config)
+        pixel_values = torch.empty(1, getattr(config, "num_channels", 3), *image_size)
         outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=True, return_dict=True)
-    layers = layers if isinstance(layers, int) else list(layers)
-    return tuple(select_image_features(outputs.hidden_states, layers, strategy).shape[1:])
+    _, patches, channels = select_image_features(
+        outputs.hidden_states, layers if isinstance(layers, int) else list(layers), strategy
+    ).shape
+    return patches, channels
 
 
 __all__ = ["VWLmmConfig"]

@@ -1,4 +1,4 @@
-"""Files of the outside world: JSON that may be anything, folders that are whole or not there."""
+"""Helpers for files that may be broken when they are read or interrupted when they are written."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """What a JSON file holds; `ValueError` with its name if it is not JSON in UTF-8."""
+    """The content of a JSON file; `ValueError` with its name if it is not JSON in UTF-8."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -19,7 +19,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
-    """The JSON object that a file holds; `ValueError` with its name if it holds anything else."""
+    """The JSON object in a file; `ValueError` with the file's name if it holds anything else."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {describe(content)}, expected a JSON object")
@@ -27,11 +27,12 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write what [`read_json`] reads."""
+    """Write a file that [`read_json`] reads."""
     Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def describe(value) -> str:
+def describe(value: Any) -> str:
+    """What an error message says was found in JSON: short, whatever it is."""
     if value is None or value == []:
         return "nothing"
     if isinstance(value, (dict, list)):
@@ -42,10 +43,10 @@ def describe(value) -> str:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder that appears under its name when all of it is written, and not at all if anything fails.
+    """A folder that appears under its name once all of it is written, and never if anything fails.
 
     Raises:
-        FileExistsError: there is something under that name.
+        FileExistsError: something has that name already.
     """
     path = Path(path)
     if path.exists() or path.is_symlink():

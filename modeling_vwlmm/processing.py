@@ -1,15 +1,17 @@
-"""Processors for VW-LMM models: LLaVA's own, set up from the model's config."""
+"""Processors for VW-LMM models, which are LLaVA's own, set up from the model's config."""
 
 import math
 from pathlib import Path
 
-from transformers import LlavaImageProcessorPil, LlavaProcessor
+from transformers import LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
+
+from .configuration_vwlmm import VWLmmConfig
 
 
 IMAGE_MARKER = "<image>"
 CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
-# Before the chat template of an LLM, which knows texts alone: turns lists of parts into texts, an image on a line of
-# its own before the text that follows it, as in LLaVA
+# An LLM's own chat template takes texts alone. This goes before it and turns lists of parts into texts. As in LLaVA,
+# an image stands on a line of its own before the text that follows it
 IMAGE_PARTS = """{%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
     {%- if message["content"] is string or not message["content"] -%}
@@ -34,19 +36,25 @@ IMAGE_PARTS = """{%- set flat = namespace(messages=[]) -%}
 """
 
 
-def make_processor(config, tokenizer, image_mean, image_std, chat_template=None):
-    """The processor of a model: as many placeholders an image as the config's vision tower makes patches of it.
+def make_processor(
+    config: VWLmmConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    image_mean: list[float],
+    image_std: list[float],
+    chat_template: str | None = None,
+) -> LlavaProcessor:
+    """The processor of a model, which writes one placeholder for each patch that the vision tower makes of an image.
 
     It is a stock [`~transformers.LlavaProcessor`], so that `AutoProcessor` loads it with or without this package.
 
     Args:
-        config ([`VWLmmConfig`]): of the model.
-        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
-            The LLM's. It gets an image token and a padding token if it has none, and pads on the left from here on.
-        image_mean, image_std (`list[float]`): a channel each, what the vision tower was trained with, for pixel
-            values in 0 to 1. The mean is also the colour that pads an image to a square.
-        chat_template (`str`, *optional*):
-            The tokenizer's own if not given. One that has no place for images gets [`IMAGE_PARTS`] before it.
+        config: the model's.
+        tokenizer: the LLM's. It gets an image token and a padding token if it has none, and pads on the left from now
+            on.
+        image_mean, image_std: what the vision tower was trained with, one number a channel, for pixel values in 0 to
+            1. The mean is also the colour that pads an image to a square.
+        chat_template: the tokenizer's own if not given. A template that has no place for images gets [`IMAGE_PARTS`]
+            before it.
 
     Raises:
         ValueError: if the image token is not the config's `image_token_id`.
@@ -58,14 +66,15 @@ def make_processor(config, tokenizer, image_mean, image_std, chat_template=None)
             f"the tokenizer's {IMAGE_MARKER} is token {image_token_id}, but the config's image_token_id is "
             f"{config.image_token_id}"
         )
-    # What generation needs; training pads on the right by itself. What is saved are the arguments of the constructor
+    # Generation needs padding on the left; training asks for padding on the right itself. Only init_kwargs are saved
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     chat_template = chat_template or tokenizer.chat_template
     if chat_template is not None and "image" not in chat_template:
         chat_template = IMAGE_PARTS + chat_template
     height, width = config.image_size
-    # LLaVA's processor counts (height // patch_size) * (width // patch_size) + additional tokens, less a CLS token
+    # LLaVA's processor writes (height // patch_size) * (width // patch_size) + additional placeholders, and one less
+    # under the strategy "default". The two numbers are chosen to give image_seq_length for any tower
     patch_size = round(math.sqrt(height * width / config.image_seq_length))
     has_cls = config.vision_feature_select_strategy == "default"
     additional = config.image_seq_length - (height // patch_size) * (width // patch_size) + has_cls
@@ -87,7 +96,7 @@ def make_processor(config, tokenizer, image_mean, image_std, chat_template=None)
 
 
 def patch_grid(processor: LlavaProcessor, patches: int) -> tuple[int, int]:
-    """Rows and columns of the patches of an image, which stand row by row; `ValueError` if they are no grid."""
+    """The rows and columns of the grid that an image's patches form; `ValueError` if they form none."""
     size = processor.image_processor.crop_size
     rows, columns = size.height // processor.patch_size, size.width // processor.patch_size
     if rows * columns != patches:
@@ -98,8 +107,8 @@ def patch_grid(processor: LlavaProcessor, patches: int) -> tuple[int, int]:
 def read_chat_template(name: str) -> str:
     """A chat template in Jinja: "vicuna_v1", "mistral" or "plain" (no roles); `ValueError` for any other name.
 
-    They render what the published code feeds, without the beginning-of-sequence token, which its tokenizer adds, and
-    mark with `{% generation %}` what the assistant says and the end of its turn.
+    The templates render the text that the published code feeds to its tokenizer, which adds the beginning-of-sequence
+    token itself. They mark with `{% generation %}` what the assistant says, up to and with the end of its turn.
     """
     names = sorted(path.stem for path in CHAT_TEMPLATES.glob("*.jinja"))
     if name not in names:

@@ -1,4 +1,4 @@
-"""Which parts of a model the stages of VW-LMM train, with which loss."""
+"""The stages of VW-LMM: which parts of a model each one trains, with which loss."""
 
 import torch
 
@@ -25,12 +25,12 @@ STAGES = {
 }
 
 
-# What has to come before a stage for it to make sense
+# A stage makes sense only after the one that is named here
 COMES_AFTER = {"instruct": "align", "visual_words": "instruct", "joint": "visual_words"}
 
 
 def missing_stage(stage: str | None, records: list[dict]) -> str | None:
-    """The stage that should have come before, None if it did or if the model has no record.
+    """The stage that should have come before; None if it did, or if the model has no record.
 
     Args:
         stage: a key of `STAGES`.
@@ -42,7 +42,7 @@ def missing_stage(stage: str | None, records: list[dict]) -> str | None:
 
 
 def trained_parts(model: torch.nn.Module) -> list[str]:
-    """The parts of a [`VWLmmForCausalLM`], keys of `PARTS`, of which something trains: weights or an adapter."""
+    """The parts of a [`VWLmmForCausalLM`], keys of `PARTS`, that train, be it only some weights or an adapter."""
     return [
         part
         for part, names in PARTS.items()
@@ -51,7 +51,7 @@ def trained_parts(model: torch.nn.Module) -> list[str]:
 
 
 def train_only(model: torch.nn.Module, parts: list[str]) -> None:
-    """Freeze all of a [`VWLmmForCausalLM`] but the named parts, keys of `PARTS`."""
+    """Freeze a [`VWLmmForCausalLM`] except for the named parts, keys of `PARTS`."""
     model.requires_grad_(False)
     for part in parts:
         for name in PARTS[part]:

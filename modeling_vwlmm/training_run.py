@@ -1,38 +1,46 @@
-"""The record of a run that every folder of a trained model holds: what was trained, from what, how and where."""
+"""The record of how a model was trained, which every folder of a trained model holds."""
 
 import hashlib
 import os
 import platform
 import re
+from collections.abc import Collection
 from dataclasses import fields
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 
+from .configuration_vwlmm import VWLmmConfig
 from .files import read_json, write_json
+
+
+if TYPE_CHECKING:  # the record of a run is read without them
+    from peft import PeftConfig
+    from transformers import TrainingArguments
 
 
 TRAINING_RUN_NAME = "training_run.json"
 _PACKAGES = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "modeling_vwlmm"]
-# Of a model's config, what a stage may set
+# The fields of a model's config that a stage may set
 TRAINED_WITH = ("visual_word_loss_weight", "visual_word_target", "detach_visual_words")
 _LORA = ["r", "lora_alpha", "lora_dropout"]
-# pad_token and eos_token are none
+# The names of pad_token and eos_token must not match: these are no secrets
 _SECRET = re.compile(r"^token$|(hub|auth|access|api)_?token$|api_?key$|password|secret|credential", re.IGNORECASE)
 
 
 def read_training_run(folder: str | os.PathLike) -> list[dict]:
-    """The records of the stages that made a model, oldest first; none for a model that was not trained here.
+    """The records of the stages that made a model, oldest first; an empty list if this package did not train it.
 
     Args:
-        folder: folder or repository.
+        folder: of the model, or its repository.
 
     Raises:
-        ValueError: the file is there, but holds something else.
+        ValueError: the file is there, but is no such record.
     """
     path = Path(folder) / TRAINING_RUN_NAME
     if not os.path.isdir(folder):
@@ -52,12 +60,12 @@ def read_training_run(folder: str | os.PathLike) -> list[dict]:
 
 
 def write_training_run(folder: str | os.PathLike, stages: list[dict]) -> None:
-    """Write what [`read_training_run`] reads."""
+    """Write a record that [`read_training_run`] reads."""
     write_json(Path(folder) / TRAINING_RUN_NAME, stages)
 
 
-def given_fields(arguments, names=None) -> dict:
-    """Fields of a dataclass that stand in JSON: those of the given names, or those that differ from their defaults."""
+def given_fields(arguments: Any, names: Collection[str] | None = None) -> dict[str, Any]:
+    """The fields of a dataclass that have the given names, or else differ from their defaults, as JSON has them."""
     given = {}
     for field in fields(arguments):
         default = field.default_factory() if callable(field.default_factory) else field.default
@@ -68,9 +76,9 @@ def given_fields(arguments, names=None) -> dict:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of a model's weights: of the name, the shape and up to 1,000 values of each, evenly spaced.
+    """A hash of a model's weights, which training changes: of the name, shape and some 1,000 values of each weight.
 
-    Values are rounded to bfloat16, so that a model has one whatever dtype it is loaded in. Training changes it.
+    The values are rounded to bfloat16, so that a model has the same fingerprint in float32 and in 16 bits.
     """
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -80,19 +88,26 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def describe_run(
-    base_model, config, args, trainable, peft_config=None, base_fingerprint=None, dataset=None, recipe=None
-) -> dict:
+    base_model: str | None,
+    config: VWLmmConfig,
+    args: Any,
+    trainable: list[str],
+    peft_config: "PeftConfig | None" = None,
+    base_fingerprint: str | None = None,
+    dataset: str | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The record of one stage.
 
     Args:
-        base_model (`str`): the name of the model that it starts from, as given.
-        config ([`VWLmmConfig`]): of the model as it is trained, for which an adapter has no other place.
-        args ([`VWLmmSFTConfig`]): of the trainer.
-        trainable (`list[str]`): the parts that train, see [`trained_parts`].
-        peft_config ([`~peft.PeftConfig`], *optional*): of the adapter, if one is trained.
-        base_fingerprint (`str`, *optional*): of the model that it starts from, see [`fingerprint`].
-        dataset (`str`, *optional*): its name, as given.
-        recipe (`dict`): the fields that were given.
+        base_model: the name of the model that the stage starts from, as given.
+        config: of the model as it is trained. The folder of an adapter records it nowhere else.
+        args: of the trainer, a [`VWLmmSFTConfig`].
+        trainable: the parts that train, see [`trained_parts`].
+        peft_config: of the adapter, if one is trained.
+        base_fingerprint: of the model that the stage starts from, see [`fingerprint`].
+        dataset: its name, as given.
+        recipe: the fields that were given.
     """
     return {
         "stage": args.stage,
@@ -109,12 +124,12 @@ def describe_run(
     }
 
 
-def device_name(args) -> str:
-    """What training arguments train on."""
+def device_name(args: "TrainingArguments") -> str:
+    """The name of the GPU or CPU that a trainer with these arguments uses."""
     return torch.cuda.get_device_name() if args.device.type == "cuda" else _cpu_name()
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """The value as JSON has it, without tokens and passwords."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items() if not _SECRET.search(str(key))}
@@ -127,7 +142,7 @@ def _plain(value):
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _cpu_name():
+def _cpu_name() -> str:
     try:
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
     except OSError:  # not Linux

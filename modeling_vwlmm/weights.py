@@ -1,12 +1,13 @@
-"""Checkpoints tensor by tensor, so that a model is converted in the memory of one of its shards."""
+"""Checkpoints tensor by tensor, so that converting a model takes the memory of one shard."""
 
 import functools
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -31,9 +32,9 @@ MAX_SHARD_SIZE = "2GB"
 class StoredTensor:
     """A tensor that is read when it is needed.
 
-    meta (`torch.Tensor`): its shape and dtype, on the meta device.
-    read (`Callable[[], torch.Tensor]`): the tensor itself.
-    source (`str`): where it is, for error messages.
+    meta: a tensor on the meta device that has its shape and dtype.
+    read: reads the tensor itself.
+    source: the name of its file, folder or repository, for error messages.
     """
 
     meta: torch.Tensor
@@ -42,15 +43,19 @@ class StoredTensor:
 
 
 def stored(state_dict: dict[str, torch.Tensor], source: str) -> dict[str, StoredTensor]:
-    """The tensors of a model in memory, as those of a folder."""
+    """Tensors in memory, in the form of those that are read from a folder."""
     return {
-        name: StoredTensor(tensor.to("meta"), lambda tensor=tensor: tensor, source)
+        name: StoredTensor(tensor.to("meta"), functools.partial(_in_memory, tensor), source)
         for name, tensor in state_dict.items()
     }
 
 
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 def read_weights(folder: str | os.PathLike) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint: safetensors or `.bin`, one file or shards. Nothing but tensors is unpickled.
+    """The tensors of a checkpoint in safetensors or `.bin`, in one file or shards. Only tensors are unpickled.
 
     Raises:
         FileNotFoundError: there are no weights, or a shard is missing.
@@ -70,7 +75,7 @@ def read_weights(folder: str | os.PathLike) -> dict[str, StoredTensor]:
     )
 
 
-def _read_shards(index: Path, read) -> dict[str, StoredTensor]:
+def _read_shards(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     try:
         weight_map = read_json(index)["weight_map"]
         shards = sorted({os.fspath(shard) for shard in weight_map.values()})
@@ -89,8 +94,8 @@ def _read_shards(index: Path, read) -> dict[str, StoredTensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    def read(name):
-        # Opened anew each time: what an open file has read stays in memory
+    def read(name: str) -> torch.Tensor:
+        # The file is opened anew for each tensor, because an open file keeps in memory what it has read
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
 
@@ -109,8 +114,9 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
 
 
-def _dtype_of(tensor_slice) -> torch.dtype:
-    # transformers lacks those in less than 8 bits, which are no weights of ours: their kind is what is refused
+def _dtype_of(tensor_slice: Any) -> torch.dtype:
+    # transformers names no dtype of less than 8 bits. These are quantized weights, and check_weights refuses them as
+    # it does integers
     return str_to_torch_dtype.get(tensor_slice.get_dtype(), torch.uint8)
 
 
@@ -119,7 +125,7 @@ def _read_bin(path: Path) -> dict[str, StoredTensor]:
     try:
         try:
             tensors, is_mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True), True
-        except RuntimeError:  # of before torch 1.6, without a zip archive to map
+        except RuntimeError:  # torch before 1.6 wrote no zip archive, which alone can be mapped
             tensors, is_mapped = torch.load(path, map_location="cpu", weights_only=True), False
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -131,20 +137,26 @@ def _read_bin(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f'{path} holds a {type(tensor).__name__} under "{name}", {expectation}')
     found = stored(tensors, path.name)
     if is_mapped:
-        # Mapped anew each time: what has been read of a mapped file stays in memory
-        for name, tensor in found.items():
-            tensor.read = lambda name=name: torch.load(path, weights_only=True, mmap=True)[name].clone()
+        for name, stored_tensor in found.items():
+            stored_tensor.read = functools.partial(_read_mapped, path, name)
     return found
 
 
-def name_some(names) -> str:
-    """The first names of many, for an error message of one line."""
+def _read_mapped(path: Path, name: str) -> torch.Tensor:
+    # The file is mapped anew for each tensor, because a mapped file keeps in memory what was read of it
+    return torch.load(path, weights_only=True, mmap=True)[name].clone()
+
+
+def name_some(names: Iterable[str]) -> str:
+    """The first few of many names, for an error message of one line."""
     names = sorted(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def check_weights(tensors: dict[str, StoredTensor], expected: dict[str, torch.Tensor], folder) -> None:
-    """Compare names, shapes and dtypes with a model's `state_dict()`; `ValueError` if they differ."""
+def check_weights(
+    tensors: dict[str, StoredTensor], expected: dict[str, torch.Tensor], folder: str | os.PathLike
+) -> None:
+    """Compare names, shapes and kinds of dtype with a model's `state_dict()`; `ValueError` if they differ."""
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     problems = [
         f"{what}: {name_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
@@ -165,7 +177,7 @@ def check_weights(tensors: dict[str, StoredTensor], expected: dict[str, torch.Te
 
 
 def write_weights(folder: Path, tensors: dict[str, StoredTensor], dtype: torch.dtype | None = None) -> None:
-    """Write safetensors shards as `save_pretrained` does, one after another."""
+    """Write safetensors shards as `save_pretrained` does, with one shard at a time in memory."""
 
     def stored_as(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

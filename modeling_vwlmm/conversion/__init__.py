@@ -1,1 +1,1 @@
-"""One folder of a model made of another."""
+"""Conversion of one model folder into another."""

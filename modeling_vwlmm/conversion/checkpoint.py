@@ -1,9 +1,10 @@
-"""All that a folder of a model is made of, read from one and written to another."""
+"""The pieces that a model folder is made of, for every conversion to read, complete or save."""
 
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -17,31 +18,42 @@ from transformers import (
     GenerationConfig,
     LlavaProcessor,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ..configuration_vwlmm import VWLmmConfig
 from ..files import new_folder, read_json_object
 from ..modeling_vwlmm import VWLmmForCausalLM, VWLmmMultiModalProjector
 from ..training_run import write_training_run
 from ..weights import StoredTensor, check_weights, stored, write_weights
 
 
-# Constants that old versions of transformers saved
+# Old versions of transformers saved these constants, which a model computes itself
 RECOMPUTED = re.compile(r"(\.rotary_emb\.inv_freq|\.embeddings\.position_ids)$")
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 
 
 @dataclass
 class Checkpoint:
-    """All that a folder of a model is made of."""
+    """All that a folder of a model is made of, before it is written."""
 
     config: PreTrainedConfig
     tensors: dict[str, StoredTensor]
     processor: LlavaProcessor | None
     generation_config: GenerationConfig
 
-    def save(self, destination, dtype, made_of=None):
+    def save(
+        self, destination: str | os.PathLike, dtype: torch.dtype | None, made_of: list[str] | None = None
+    ) -> None:
+        """Write the folder, whole or not at all.
+
+        Args:
+            destination: the folder, which must not exist.
+            dtype: of the weights that are written, their own if not given.
+            made_of: what a record of the conversion names as its sources. There is no record if not given.
+        """
         with new_folder(destination) as folder:
             write_weights(folder, self.tensors, dtype)
             dtypes = {tensor.meta.dtype for name, tensor in self.tensors.items() if "language_model" in name}
@@ -55,7 +67,8 @@ class Checkpoint:
                 write_training_run(folder, [{"stage": "convert", "base_model": made_of, "recipe": recipe}])
 
 
-def open_checkpoint(source):
+def open_checkpoint(source: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
+    """The folder of a checkpoint, downloaded if `source` is a repository, and its config as the JSON has it."""
     folder = Path(source)
     if not folder.is_dir():
         files = ["*.json", "*.model", "*.jinja"]
@@ -73,8 +86,13 @@ def open_checkpoint(source):
     return folder, read_json_object(path)
 
 
-def fitting_weights(tensors, model_class, config, folder):
-    """The tensors that the model of a config saves; a tied head is its embeddings."""
+def fitting_weights(
+    tensors: dict[str, StoredTensor],
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    folder: str | os.PathLike,
+) -> dict[str, StoredTensor]:
+    """The tensors without those that are tied to others; `ValueError` if they do not fit the model of the config."""
     with torch.device("meta"):
         model = model_class(config)
     expected = model.state_dict()
@@ -85,8 +103,8 @@ def fitting_weights(tensors, model_class, config, folder):
     return tensors
 
 
-def add_new_parts(tensors, config, vm_head, seed):
-    """A projector and a VM head to `tensors`, where they have none."""
+def add_new_parts(tensors: dict[str, StoredTensor], config: VWLmmConfig, vm_head: str, seed: int) -> None:
+    """Add a projector and a VM head to `tensors` if they have none."""
     if vm_head not in ("random", "lm_head"):
         raise ValueError(f'vm_head is "{vm_head}", expected "random" or "lm_head"')
     with torch.device("meta"):
@@ -95,14 +113,14 @@ def add_new_parts(tensors, config, vm_head, seed):
     dtype = embeddings.meta.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = {"model.multi_modal_projector.": VWLmmMultiModalProjector(config)}
-        head = nn.Linear(config.text_config.hidden_size, config.visual_vocab_size, bias=False)
-        parts["model.vm_head."] = head
+        parts: dict[str, nn.Module] = {
+            "model.multi_modal_projector.": VWLmmMultiModalProjector(config),
+            "model.vm_head.": nn.Linear(config.text_config.hidden_size, config.visual_vocab_size, bias=False),
+        }
         for prefix, part in parts.items():
-            if any(name.startswith(prefix) for name in tensors):
-                continue
-            part.apply(model._init_weights)
-            tensors.update(with_prefix(prefix, part.to(dtype).state_dict(), "new"))
+            if not any(name.startswith(prefix) for name in tensors):
+                part.apply(model._init_weights)
+                tensors.update(with_prefix(prefix, part.to(dtype).state_dict(), "new"))
     if vm_head == "lm_head":
         lm_head = tensors.get("lm_head.weight", embeddings)
         tensors["model.vm_head.weight"] = StoredTensor(
@@ -112,23 +130,30 @@ def add_new_parts(tensors, config, vm_head, seed):
         )
 
 
-def embeddings_name(model):
-    """What a model calls the weight of its LLM's input embeddings."""
+def embeddings_name(model: PreTrainedModel) -> str:
+    """The name that a model has for the weight of its LLM's input embeddings."""
     weight = model.get_input_embeddings().weight
     return next(name for name, parameter in model.named_parameters() if parameter is weight)
 
 
-def with_prefix(prefix, state_dict, source):
+def with_prefix(
+    prefix: str, state_dict: dict[str, torch.Tensor], source: str | os.PathLike
+) -> dict[str, StoredTensor]:
+    """The tensors of a part under their names in the whole model."""
     return stored({f"{prefix}{name}": tensor for name, tensor in state_dict.items()}, str(source))
 
 
-def vision_tower_weights(vision_tower, vision_config):
+def vision_tower_weights(vision_tower: str | os.PathLike, vision_config: PreTrainedConfig) -> dict[str, StoredTensor]:
+    """The weights of a vision tower under their names in the whole model."""
     tower = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype="auto")
     return with_prefix("model.vision_tower.", tower.state_dict(), vision_tower)
 
 
-def read_vision_tower(vision_tower):
-    """The config of a vision tower and what its preprocessor says."""
+def read_vision_tower(vision_tower: str | os.PathLike) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The config of a vision tower and the fields of its image processor, `image_mean` and `image_std` among them.
+
+    The tower of LLaVA-1.5 is known, so that its repository need not be reached.
+    """
     if vision_tower == CLIP_L_336 and not Path(vision_tower).is_dir():
         config = CLIPVisionConfig(
             hidden_size=1024,
@@ -141,7 +166,7 @@ def read_vision_tower(vision_tower):
         )
         return config, {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
     config = AutoConfig.from_pretrained(vision_tower)
-    config = getattr(config, "vision_config", config)  # of a CLIP or a SigLIP, which have an LLM beside it
+    config = getattr(config, "vision_config", config)  # CLIP and SigLIP have a text model beside it
     about_the_folder = ("_name_or_path", "architectures", "dtype", "transformers_version")
     fields = {name: value for name, value in config.to_dict().items() if name not in about_the_folder}
     config = type(config).from_dict(fields)
@@ -149,19 +174,21 @@ def read_vision_tower(vision_tower):
     return config, pixels
 
 
-def read_processor(folder):
+def read_processor(folder: Path) -> LlavaProcessor | None:
+    """The processor of a folder, None if it has none."""
     names = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
     if not any((folder / name).is_file() for name in names):
         return None
     return AutoProcessor.from_pretrained(folder)
 
 
-def read_generation_config(folder):
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """The generation config of a folder, which transformers can save again."""
     if not (folder / "generation_config.json").is_file():
         return GenerationConfig()
     config = GenerationConfig.from_pretrained(folder)
     if not config.do_sample:
-        # Without sampling they do nothing, but transformers saves no such config
+        # Without sampling these fields do nothing, but transformers refuses to save a config that has them
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
             setattr(config, name, None)
     return config

@@ -1,11 +1,10 @@
-"""Checkpoints of others become VW-LMM models, and VW-LMM models LLaVA checkpoints."""
+"""The making of VW-LMM models from the checkpoints of others."""
 
 import os
+from typing import Literal
 
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from ..configuration_vwlmm import VWLmmConfig
 from ..modeling_vwlmm import VWLmmForCausalLM
@@ -23,23 +22,30 @@ from .llava import from_llava
 from .published import from_published
 
 
-def convert(source, destination, vision_tower=None, variant=None, vm_head="random", seed=0, dtype=None):
-    """Make a VW-LMM model of a published VW-LMM checkpoint or of a LLaVA checkpoint.
+def convert(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    vision_tower: str | os.PathLike | None = None,
+    variant: str | None = None,
+    vm_head: str = "random",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Make a VW-LMM model from a published VW-LMM checkpoint or from a LLaVA checkpoint.
 
     Weights keep their values and, unless `dtype` is given, their dtype. They are read and written one by one.
 
     Args:
-        source (`str`): folder or repository of a checkpoint, in one of three layouts: VW-LMM's published one, the
-            original LLaVA-1.5's, which is the same without a VM head, and transformers' LLaVA.
-        destination (`str`): the folder to write, which must not exist.
-        vision_tower (`str`, *optional*): folder or repository of the vision tower of a published checkpoint, for its
-            config and preprocessor, and for its weights where the checkpoint has none. The one that the checkpoint's
-            `mm_vision_tower` names if not given.
-        variant (`str`, *optional*): of a published checkpoint, a key of `VARIANTS`. Found in its config if not given.
-        vm_head (`str`, *optional*, defaults to `"random"`): how a VM head starts where the checkpoint has none,
-            `"random"` or `"lm_head"`, a copy of the LLM's.
-        seed (`int`, *optional*, defaults to 0): of what starts at random.
-        dtype (`torch.dtype`, *optional*): of the weights that are written.
+        source: folder or repository of a checkpoint in one of three layouts: VW-LMM's published one, the original
+            LLaVA-1.5's, which is the same without a VM head, or transformers' LLaVA.
+        destination: the folder to write, which must not exist.
+        vision_tower: folder or repository of the vision tower of a published checkpoint. Its config and preprocessor
+            are read, and its weights if the checkpoint has none. The checkpoint's own `mm_vision_tower` if not given.
+        variant: of a published checkpoint, a key of `VARIANTS`. The checkpoint's config says it if not given.
+        vm_head: how a VM head starts if the checkpoint has none: `"random"`, or `"lm_head"` for a copy of the LLM's
+            head.
+        seed: of the parts that start at random.
+        dtype: of the weights that are written.
 
     Raises:
         ValueError: the checkpoint is in another layout, or its files do not fit together.
@@ -62,12 +68,19 @@ def convert(source, destination, vision_tower=None, variant=None, vm_head="rando
     checkpoint.save(destination, dtype, [os.fspath(name) for name in (source, vision_tower) if name])
 
 
-def combine(language_model, vision_tower, destination, vm_head="random", seed=0, dtype=None):
-    """Make a VW-LMM model, for stage 1 to start from, of an LLM and a vision tower that never met.
+def combine(
+    language_model: str | os.PathLike,
+    vision_tower: str | os.PathLike,
+    destination: str | os.PathLike,
+    vm_head: str = "random",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Make a VW-LMM model for stage 1 to start from, of an LLM and a vision tower that were never trained together.
 
     Args:
-        language_model (`str`): folder or repository of any LLM of transformers, or a GGUF file.
-        vision_tower (`str`): folder or repository of a vision model, alone or in a CLIP or SigLIP.
+        language_model: folder or repository of any LLM of transformers, or a GGUF file.
+        vision_tower: folder or repository of a vision model, which may be part of a CLIP or SigLIP.
         destination, vm_head, seed, dtype: as for [`convert`].
     """
     where, options = language_model, {}
@@ -99,10 +112,10 @@ def combine(language_model, vision_tower, destination, vm_head="random", seed=0,
     Checkpoint(config, tensors, processor, llm.generation_config).save(destination, dtype, made_of)
 
 
-def _select_strategy(vision_config, text_config):
+def _select_strategy(vision_config: PreTrainedConfig, text_config: PreTrainedConfig) -> Literal["default", "full"]:
     """ "full" for a tower whose tokens are its patches, "default" for one with a CLS token before them."""
     config = VWLmmConfig(vision_config=vision_config, text_config=text_config, vision_feature_select_strategy="full")
-    # A feature map, which is not cut into squares, has no such token
+    # A feature map, which is not cut into squares, has no CLS token
     return "full" if config.squares() in (None, config.image_seq_length) else "default"
 
 

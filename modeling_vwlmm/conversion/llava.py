@@ -1,10 +1,11 @@
-"""LLaVA checkpoints of transformers become VW-LMM models, VW-LMM models LLaVA checkpoints."""
+"""Conversion between VW-LMM models and the LLaVA checkpoints of transformers."""
+
+import os
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import (
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -23,14 +24,15 @@ from .checkpoint import (
 )
 
 
-def from_llava(folder, vm_head, seed):
+def from_llava(folder: Path, vm_head: str, seed: int) -> Checkpoint:
+    """The VW-LMM model that a LLaVA checkpoint of transformers becomes. `vm_head`, `seed`: as for [`convert`]."""
     llava_config = LlavaConfig.from_pretrained(folder)
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(llava_config)
     mapping = get_model_conversion_mapping(llava)
     tensors = {name: tensor for name, tensor in read_weights(folder).items() if not RECOMPUTED.search(name)}
     tensors = {_rename(name, mapping): tensor for name, tensor in tensors.items()}
-    if None in tensors:  # of several tensors one is made (experts): that takes the whole model
+    if None in tensors:  # transformers merges several tensors into one (experts), which takes the whole model
         llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto")
         tensors = stored(llava.state_dict(), str(folder))
     tensors = fitting_weights(tensors, LlavaForConditionalGeneration, llava_config, folder)
@@ -41,7 +43,7 @@ def from_llava(folder, vm_head, seed):
         image_aspect_ratio="pad" if processor is not None and _pads(processor.image_processor) else "crop",
         visual_vocab_size=_own_vocab_size(llava_config, processor),
     )
-    if processor is not None and processor.patch_size is None:  # of the first LLaVA checkpoints
+    if processor is not None and processor.patch_size is None:  # the first LLaVA checkpoints have none
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = int(config.vision_feature_select_strategy == "default")
@@ -49,16 +51,18 @@ def from_llava(folder, vm_head, seed):
     return Checkpoint(config, tensors, processor, read_generation_config(folder))
 
 
-def convert_to_llava(source, destination, dtype=None):
-    """Make a LLaVA checkpoint, as transformers and other runtimes read it, of a VW-LMM model: without its VM head.
+def convert_to_llava(
+    source: str | os.PathLike, destination: str | os.PathLike, dtype: torch.dtype | None = None
+) -> None:
+    """Make a LLaVA checkpoint, as transformers and other runtimes read it, from a VW-LMM model without its VM head.
 
-    Where the image token lies beyond the LLM's vocabulary, embeddings and head get rows up to it, which LLaVA looks
-    up: the mean of the others, with which a token is never the most probable.
+    LLaVA looks up the embedding of the image token. If that token lies beyond the LLM's vocabulary, the embeddings and
+    the head get rows up to it. Each is the mean of the others, with which a token is never the most probable.
 
     Args: as for [`convert`].
 
     Raises:
-        ValueError: the model is another one, or reads pseudo image features, which LLaVA cannot make.
+        ValueError: the model is no VW-LMM model, or reads pseudo image features, which LLaVA cannot make.
     """
     folder, raw = open_checkpoint(source)
     config = VWLmmConfig.from_dict(raw)
@@ -79,7 +83,7 @@ def convert_to_llava(source, destination, dtype=None):
     try:
         with torch.device("meta"):
             llava = LlavaForConditionalGeneration(llava_config)
-    except AttributeError as error:  # it asks for the hidden_size of its tower
+    except AttributeError as error:  # LLaVA asks for the hidden_size of its tower
         raise ValueError(
             f"{source}: transformers' LLaVA takes no tower of type {config.vision_config.model_type}"
         ) from error
@@ -93,30 +97,30 @@ def convert_to_llava(source, destination, dtype=None):
     Checkpoint(llava_config, tensors, read_processor(folder), read_generation_config(folder)).save(destination, dtype)
 
 
-def _pads(image_processor):
+def _pads(image_processor: Any) -> bool:
     return bool(getattr(image_processor, "do_pad", False))
 
 
-def _own_vocab_size(config, processor):
-    """The vocabulary that the LLM came with: without an image token that was added, and the rows after it."""
+def _own_vocab_size(config: LlavaConfig, processor: Any) -> int:
+    """The size of the vocabulary that the LLM came with, before an image token and rows after it were added."""
     vocab_size, image_token_id = config.text_config.vocab_size, config.image_token_id
     is_added = processor is None or image_token_id >= processor.tokenizer.vocab_size
     return min(vocab_size, image_token_id) if is_added else vocab_size
 
 
-def _rename(name, mapping, reverse=False):
-    """The name that transformers gives a stored tensor; None if it makes another tensor of it."""
+def _rename(name: str, mapping: list, reverse: bool = False) -> Any:
+    """The name that transformers gives a stored tensor; None if it makes the tensor into another one."""
     renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
     converters = [step for step in mapping if isinstance(step, WeightConverter)]
     name, converted = rename_source_key(name, renamings, converters, reverse=reverse)
     return name if converted is None else None
 
 
-def _with_rows(tensor, rows):
-    """The tensor with rows added, each the mean of its own, up to that many."""
+def _with_rows(tensor: StoredTensor, rows: int) -> StoredTensor:
+    """The tensor with as many rows. Those that are added are the mean of its own."""
     missing = rows - tensor.meta.shape[0]
 
-    def read():
+    def read() -> torch.Tensor:
         found = tensor.read()
         mean = found.float().mean(0, keepdim=True).to(found.dtype)
         return torch.cat([found, mean.expand(missing, -1)])

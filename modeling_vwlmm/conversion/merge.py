@@ -1,6 +1,7 @@
-"""An adapter and its base model become one model."""
+"""Merging of an adapter into its base model."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -12,20 +13,20 @@ from ..modeling_vwlmm import VWLmmForCausalLM
 from ..training_run import read_training_run, write_training_run
 
 
-def merge(adapter, destination, dtype="auto"):
+def merge(adapter: str | os.PathLike, destination: str | os.PathLike, dtype: str | torch.dtype = "auto") -> None:
     """Add an adapter's weights to those of the base model that its config names, and save a model without PEFT.
 
     Args:
-        adapter (`str`): folder or repository.
-        destination (`str`): the folder to write, which must not exist.
-        dtype (`torch.dtype`, *optional*, defaults to `"auto"`):
-            Of the base model. Its own if not given, however it was quantized when the adapter was trained.
+        adapter: folder or repository.
+        destination: the folder to write, which must not exist.
+        dtype: that the base model is loaded in. Its own if not given, even if the adapter was trained on a quantized
+            one.
 
     Raises:
         ValueError: the adapter does not fit its base, or adding it changes nothing.
     """
     try:
-        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{adapter} is no adapter: expected a folder or repository with adapter_config.json"
@@ -39,7 +40,7 @@ def merge(adapter, destination, dtype="auto"):
     before = _fingerprints(base)
     try:
         model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
-    except (KeyError, RuntimeError) as error:  # of a tensor that is missing, or of another shape
+    except (KeyError, RuntimeError) as error:  # a tensor is missing or has another shape
         raise ValueError(f"{adapter} does not fit {name}, its base model: {error}") from error
     if _fingerprints(model) == before:
         raise ValueError(
@@ -56,7 +57,7 @@ def merge(adapter, destination, dtype="auto"):
         write_training_run(folder, stages)
 
 
-def _fingerprints(model):
+def _fingerprints(model: torch.nn.Module) -> dict[str, bytes]:
     weights = model.state_dict().items()
     return {name: hashlib.blake2b(weight.reshape(-1).view(torch.uint8).numpy()).digest() for name, weight in weights}
 

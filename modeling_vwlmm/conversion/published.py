@@ -1,9 +1,11 @@
-"""The layout of the published VW-LMM checkpoints, which is that of the original LLaVA-1.5 and a VM head."""
+"""The layout of the published VW-LMM checkpoints: the original LLaVA-1.5's with a VM head."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaTokenizer, MistralConfig, PreTrainedConfig, TokenizersBackend
@@ -26,7 +28,7 @@ from .checkpoint import (
 
 @dataclass
 class Variant:
-    """A published model: the LLM inside, what it was told to answer to, and what it reads."""
+    """A published model: its LLM, the chat template it was trained with, and whether it reads pseudo features."""
 
     text_config: type[PreTrainedConfig]
     chat_template: str
@@ -45,15 +47,15 @@ ARCHITECTURES = {
     "LlavaLlamaForCausalLM": "vicuna",
     "LlavaMistralForCausalLM": "mistral",
 }
-# Of a config, the first being the default
-SUPPORTED = {
+# The values that a field of a published config may have. The first is the default
+SUPPORTED: dict[str, list] = {
     "mm_projector_type": ["mlp2x_gelu"],
     "mm_use_im_start_end": [False],
     "mm_use_im_patch_token": [False],
     "mm_vision_select_feature": ["patch", "cls_patch"],
     "image_aspect_ratio": [None, "square", "pad"],
 }
-# Of tensors
+# Patterns in the names of published tensors, and what stands there in ours
 RENAMED = (
     (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
     (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
@@ -63,18 +65,18 @@ RENAMED = (
 )
 
 
-def published_name(name):
-    """What we call a tensor of a published checkpoint."""
+def published_name(name: str) -> str:
+    """The name that a VW-LMM model here has for a tensor of a published checkpoint."""
     for pattern, replacement in RENAMED:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def find_variant(folder, raw, has_vm_head, variant=None):
-    """The [`Variant`] that a published config is of, or the one of that name.
+def find_variant(folder: Path, raw: dict[str, Any], has_vm_head: bool, variant: str | None = None) -> Variant:
+    """The [`Variant`] of the given name, or else the one that a published config describes.
 
     Raises:
-        ValueError: the config says that the model is built in another way, or not what a VM head is for.
+        ValueError: the model is built in a way that is not supported, or the config does not say which variant it is.
     """
     path = folder / "config.json"
     for field, supported in SUPPORTED.items():
@@ -102,9 +104,9 @@ def find_variant(folder, raw, has_vm_head, variant=None):
     return VARIANTS["mistral" if "sliding_window" in raw else "vicuna"]
 
 
-def read_text_config(config_class, raw):
-    """The LLM's own config of a published one."""
-    # What remains are settings of LLaVA and of generation. Old names of fields are told apart by from_dict
+def read_text_config(config_class: type[PreTrainedConfig], raw: dict[str, Any]) -> PreTrainedConfig:
+    """The LLM's config, from a published config that holds its fields among others."""
+    # The other fields are settings of LLaVA and of generation. from_dict knows the old names of fields
     names = {*config_class.__annotations__, *PreTrainedConfig.__annotations__, "rope_theta", "rope_scaling"}
     dropped = {"architectures", "dtype", "return_dict", "output_hidden_states", "transformers_version"}
     given = {name: raw[name] for name in names - dropped if raw.get(name) is not None}
@@ -113,14 +115,14 @@ def read_text_config(config_class, raw):
     return config_class.from_dict({**given, "model_type": config_class.model_type})
 
 
-def published_tokenizer(folder):
-    """The tokenizer of a published checkpoint, which gives the ids that its pipeline made of whole prompts.
+def published_tokenizer(folder: str | os.PathLike) -> TokenizersBackend:
+    """The tokenizer of a published checkpoint, which turns a whole prompt into the ids of the published pipeline.
 
-    That pipeline tokenized the text around each image on its own with sentencepiece, which begins every text with a
-    space of its own. So here the text after an image begins with one.
+    That pipeline tokenized the texts before, between and after images one by one, and sentencepiece puts a space
+    before every text. So this tokenizer puts a space before the text that follows an image.
 
     Args:
-        folder (`str`): with `tokenizer.model` and `tokenizer_config.json`.
+        folder: has `tokenizer.model` and `tokenizer_config.json`.
     """
     folder = Path(folder)
     if not (folder / "tokenizer.model").is_file():
@@ -130,22 +132,22 @@ def published_tokenizer(folder):
     backend = tokenizer.backend_tokenizer
     spaces = normalizers.Replace(" ", "▁")
     if settings.get("legacy", True) is not False:
-        # Any special token begins a new text
+        # A legacy tokenizer begins a new text, with a space, after any special token
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
         backend.pre_tokenizer = None
     else:
-        # Only an image does: its token is looked for in normalized text, and so found with what it begins. The space
-        # at the very start has to come with Metaspace, which alone knows where that is; spaces of the text being
-        # replaced by then, it adds one always
-        image = Regex(rf"{IMAGE_MARKER}(?=(?!{IMAGE_MARKER})[\s\S])")
-        backend.normalizer = normalizers.Sequence([spaces, normalizers.Replace(image, f"{IMAGE_MARKER}▁")])
+        # Here a new text begins after an image only. The image token is looked for in normalized text, so the
+        # normalizer can put a space after it. The space at the very start is left to Metaspace, which alone knows
+        # where the start is. The spaces of the text are replaced by then, so Metaspace always adds one
+        before_text = Regex(rf"{IMAGE_MARKER}(?=(?!{IMAGE_MARKER})[\s\S])")
+        backend.normalizer = normalizers.Sequence([spaces, normalizers.Replace(before_text, f"{IMAGE_MARKER}▁")])
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
                 pre_tokenizers.Metaspace("▁", prepend_scheme="never", split=False),
             ]
         )
-    # LlamaTokenizer would build its own rules again when it is loaded
+    # A saved LlamaTokenizer would replace these rules with its own when it is loaded
     tokenizer = TokenizersBackend(
         tokenizer_object=backend, model_max_length=tokenizer.model_max_length, **tokenizer.special_tokens_map
     )
@@ -154,7 +156,15 @@ def published_tokenizer(folder):
     return tokenizer
 
 
-def from_published(folder, raw, vision_tower, variant, vm_head, seed):
+def from_published(
+    folder: Path,
+    raw: dict[str, Any],
+    vision_tower: str | os.PathLike | None,
+    variant: str | None,
+    vm_head: str,
+    seed: int,
+) -> Checkpoint:
+    """The VW-LMM model that a published checkpoint becomes. `raw` is its config; the rest is as for [`convert`]."""
     found = read_weights(folder)
     tensors = {published_name(name): found[name] for name in found if not RECOMPUTED.search(name)}
     has_vm_head = "model.vm_head.weight" in tensors
@@ -167,7 +177,7 @@ def from_published(folder, raw, vision_tower, variant, vm_head, seed):
     config = VWLmmConfig(
         vision_config=vision_config,
         text_config=read_text_config(kind.text_config, raw),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_MARKER),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_MARKER),  # type: ignore[arg-type]  # one id of one token
         vision_feature_layer=raw.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy="full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default",
         image_aspect_ratio="pad" if raw.get("image_aspect_ratio") == "pad" else "crop",

@@ -1,4 +1,4 @@
-"""Batches of conversations with images."""
+"""The collator that makes batches of conversations with images."""
 
 import copy
 import functools
@@ -24,28 +24,31 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
-    """TRL's collator for images and text, of which it takes every format, with four differences.
+    """TRL's collator for images and text, which takes all of TRL's formats, with four differences.
 
     - With `assistant_only_loss` (the default here), the labels of `messages` are what the assistant says and the
-      token that ends its turn, for any chat template, with or without generation markers.
-    - Rows longer than `max_length` lose text at their end, but never part of an image: that is an error.
+      token that ends its turn. This holds for any chat template, with or without generation markers.
+    - Rows longer than `max_length` lose text at their end. A row that would lose part of an image is an error.
     - Image placeholders are no labels, and a batch without any label is an error.
-    - Images may still be paths; one that cannot be read is named with its sample. With `skip_broken_images` that is a
-      warning, the sample has neither labels nor scored image positions, and `is_skipped` of shape (B,) says so.
+    - Images may be paths. A file that cannot be read is an error that names its sample. With `skip_broken_images` it
+      is a warning: the sample then has neither labels nor scored image positions, and `is_skipped` of shape (B,) marks
+      it.
     """
 
     assistant_only_loss: bool = True
     skip_broken_images: bool = False
 
-    def __post_init__(self):
-        self.image_token_id = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-        # TRL truncates blindly and wants generation markers, so it must not know
+    def __post_init__(self) -> None:
+        processor: Any = self.processor
+        self.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        # TRL would cut through images and refuse templates without generation markers. The two fields are hidden from
+        # it, because this class does both itself
         self.max_row_length, self.max_length = self.max_length, None
         self.assistant_turns_only, self.assistant_only_loss = self.assistant_only_loss, False
 
     @functools.cached_property
-    def training_template(self):
-        """The chat template, with generation markers where TRL knows a version of it that has them."""
+    def training_template(self) -> str:
+        """The chat template, with generation markers if TRL knows a version of it that has them."""
         template = self.chat_template or self.processor.chat_template
         if isinstance(template, dict):
             template = template["default"]
@@ -57,7 +60,7 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         tokenizer.chat_template = template.removeprefix(IMAGE_PARTS)
         try:
             marked = get_training_chat_template(tokenizer) or tokenizer.chat_template
-        except ValueError:  # not one that TRL knows: the turns are told apart by rendering them one by one
+        except ValueError:  # TRL does not know it, so `_render` finds the turns by rendering them one by one
             return template
         return template.replace(tokenizer.chat_template, marked)
 
@@ -71,7 +74,8 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         if self.skip_broken_images:
             batch["is_skipped"] = torch.tensor([example["is_skipped"] for example in examples])
             batch["labels"][batch["is_skipped"]] = -100
-            # A position that nothing precedes is not scored; a row of nothing but padding would be no row
+            # Where padding precedes every position, none is scored. The last token stays, because not every attention
+            # takes a row without tokens
             batch["attention_mask"][batch["is_skipped"], :-1] = 0
             batch["attention_mask"][batch["is_skipped"], -1] = 1
             if batch["is_skipped"].all():
@@ -80,7 +84,7 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
             raise ValueError(f"no token of the batch is a label, nothing can be learnt from: {', '.join(names)}")
         return batch
 
-    def _prepare(self, example, name):
+    def _prepare(self, example: dict[str, Any], name: str) -> dict[str, Any]:
         """The example with its images opened and its conversation rendered."""
         example = dict(example)
         images = [example.pop("image")] if "image" in example else example.get("images") or []
@@ -108,20 +112,20 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
                 texts = list(rendered.values())
         except (ValueError, TemplateError) as error:
             raise ValueError(f"{name}: {error}") from error
-        marker, images = self.processor.image_token, len(example["images"])
+        marker, images = self.processor.image_token, len(example["images"])  # type: ignore[attr-defined]
         markers = sum(text.count(marker) for text in texts if isinstance(text, str))
         if markers != images:
             raise ValueError(f"{name} has {images} image(s), but {markers} {marker} markers")
         return example
 
-    def _adds_bos_token(self, text):
-        """Whether the tokenizer is to put its beginning-of-sequence token, which published templates leave to it."""
+    def _adds_bos_token(self, text: str) -> bool:
+        """Whether the tokenizer is to add a beginning-of-sequence token, because the template wrote none."""
         tokenizer = self.processor.tokenizer
         if tokenizer.bos_token is None or text.startswith(tokenizer.bos_token):
             return False
         return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
-    def _truncate(self, batch, names):
+    def _truncate(self, batch: dict[str, Any], names: list[str]) -> None:
         limit = self.max_row_length
         for name, ids, mask in zip(names, batch["input_ids"], batch["attention_mask"], strict=True):
             is_image = ids == self.image_token_id
@@ -133,7 +137,7 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         for key in ("input_ids", "attention_mask", "labels"):
             batch[key] = batch[key][:, :limit]
 
-    def _collate_language_modeling(self, examples):
+    def _collate_language_modeling(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if "messages" not in examples[0]:
             return super()._collate_language_modeling(examples)
         texts, spans = zip(*(example["rendered"] for example in examples), strict=True)
@@ -145,7 +149,7 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
             padding=True,
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
-            # Published templates leave the beginning-of-sequence token to the tokenizer
+            # The published templates lack a beginning-of-sequence token, so the tokenizer has to add it
             add_special_tokens=bos_token is None or not texts[0].startswith(bos_token),
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
@@ -163,18 +167,20 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         batch["labels"] = batch["input_ids"].masked_fill(~torch.from_numpy(is_label), -100)
         return batch
 
-    def _render(self, example):
+    def _render(self, example: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and the spans (start, end) in characters of what the assistant says in it."""
         messages = prepare_multimodal_messages(example["messages"], images=example["images"])
         variables = {"chat_template": self.training_template, **self.processor.tokenizer.special_tokens_map}
         if has_generation_markers(self.training_template):
-            texts, spans = render_jinja_template([messages], return_assistant_tokens_mask=True, **variables)
-            return texts[0], spans[0]
+            rendered: Any = render_jinja_template([messages], return_assistant_tokens_mask=True, **variables)
+            texts, turns = rendered
+            return texts[0], turns[0]
 
-        def render(messages, **kwargs):
+        def render(messages: list[dict[str, Any]], **kwargs) -> str:
             return render_jinja_template([messages], **kwargs, **variables)[0][0]
 
-        text, spans = render(messages), []
+        text = render(messages)
+        spans: list[tuple[int, int]] = []
         for turn, message in enumerate(messages):
             if message["role"] == "assistant":
                 before = render(messages[:turn], add_generation_prompt=True)
@@ -188,8 +194,8 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         return text, spans
 
 
-def _expanded(place, replacements):
-    """Where a place in a text is once the images before it have their placeholders."""
+def _expanded(place: int, replacements: list[dict[str, Any]]) -> int:
+    """Where a place in a text lies after the images before it were replaced with their placeholders."""
     return place + sum(
         len(replaced["replacement"]) - len(replaced["text"])
         for replaced in replacements
@@ -197,6 +203,6 @@ def _expanded(place, replacements):
     )
 
 
-def _sample_name(example):
+def _sample_name(example: dict[str, Any]) -> str:
     name = f"sample {example['sample_index']}" if "sample_index" in example else "a sample"
     return f"{name} (id {example['id']})" if example.get("id") is not None else name

@@ -1,10 +1,10 @@
-"""Conversations about images, as TRL reads them: LLaVA's JSON files, easy-VQA and the published chat templates.
+"""LLaVA's JSON files as data sets of conversations, in the form that TRL reads.
 
-Every data set has the columns
+Every data set of this package has the columns
     id: string
-    images: list of `{"path", "bytes"}`, any number a row; files stay closed until `open_images`
-    messages: list of `{"role", "content"}`, a content being a list of `{"type": "image"}` and
-        `{"type": "text", "text"}` parts with one image part for each of `images`, in their order
+    images: list of `{"path", "bytes"}`, any number a row. Files stay closed until `open_images`
+    messages: list of `{"role", "content"}`, where a content is a list of `{"type": "image"}` and
+        `{"type": "text", "text"}` parts, with one image part for each of `images`, in their order
 """
 
 import itertools
@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value
@@ -25,7 +26,7 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 FEATURES = Features(
     {
         "id": Value("string"),
-        # datasets' own decoding names no sample in its errors and, unlike LLaVA, turns images by their EXIF tag
+        # `datasets` must not decode: its errors name no sample, and it turns images by their EXIF tag, unlike LLaVA
         "images": List(Image(decode=False)),
         "messages": List(
             {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
@@ -35,24 +36,24 @@ FEATURES = Features(
 
 
 def load_conversations(data_path: str | os.PathLike, image_folder: str | os.PathLike) -> Dataset:
-    """LLaVA's training data: a .json file with a list of records, or a .jsonl file with a record a line.
+    """Load LLaVA's training data: a .json file with a list of records, or a .jsonl file with a record a line.
 
-    A record is `{"id": ..., "image": "a.jpg" | ["a.jpg", ...], "conversations": [{"from": ..., "value": ...}, ...]}`,
-    `id` and `image` being optional, with the speakers human, gpt and system. As in LLaVA-1.5 the marker of a turn with
-    one `<image>` moves to its front, on a line of its own, and a turn of gpt before the first human one is dropped. In
-    a turn with several markers they stay where they are.
+    A record is `{"id": ..., "image": "a.jpg" | ["a.jpg", ...], "conversations": [{"from": ..., "value": ...}, ...]}`.
+    `id` and `image` are optional, and the speakers are human, gpt and system. As in LLaVA-1.5, a turn with one
+    `<image>` gets it moved to its front, on a line of its own, and a turn of gpt before the first human one is
+    dropped. Several markers in a turn stay where they are.
 
     Args:
         data_path: the file.
         image_folder: the folder that image paths are relative to. Images are looked for, not read.
 
     Returns:
-        A `Dataset` with the columns of this module, a row for each record in the order of the file. `id` is the
-        record's place in the file, from 0, where it has none.
+        A `Dataset` with the columns of this module and a row for each record, in the order of the file. The `id` of a
+        record without one is its place in the file, from 0.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: the file or a record is not as above, a number of markers is not the number of images, an image
+        ValueError: the file or a record is not as above, a record has more or fewer markers than images, or an image
             is missing or lies outside of the folder.
     """
     data_path, image_folder = os.fspath(data_path), os.fspath(image_folder)
@@ -68,7 +69,8 @@ def load_conversations(data_path: str | os.PathLike, image_folder: str | os.Path
 
 
 def to_dataset(rows: Iterable[dict], features: Features = FEATURES) -> Dataset:
-    # Straight into Arrow, in pieces: Dataset.from_list takes 20 times as long, from_generator would cache by file name
+    """A `Dataset` of rows that may come one at a time."""
+    # Dataset.from_list takes 20 times as long as Arrow itself, and Dataset.from_generator would cache by file name
     rows, schema = iter(rows), features.arrow_schema
     tables = [schema.empty_table()]
     while piece := list(itertools.islice(rows, 1000)):
@@ -95,7 +97,7 @@ def _read_records(data_path: str) -> Iterator:
     yield from records
 
 
-def _read_record(record, index: int, data_path: str, folder: "ImageFolder") -> dict:
+def _read_record(record: Any, index: int, data_path: str, folder: ImageFolder) -> dict:
     where = f"{data_path}: sample {index}"
     if not isinstance(record, dict):
         raise ValueError(f"{where}: found {describe(record)}, expected a record with 'conversations'")
@@ -115,10 +117,11 @@ def _read_record(record, index: int, data_path: str, folder: "ImageFolder") -> d
     }
 
 
-def _read_turns(turns, where: str) -> list[dict]:
+def _read_turns(turns: Any, where: str) -> list[dict]:
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{where}: conversations: found {describe(turns)}, expected a list of turns")
-    messages, expected = [], "human"
+    messages: list[dict] = []
+    expected = "human"
     for i, turn in enumerate(turns):
         field = f"{where}: conversations[{i}]"
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
@@ -144,7 +147,7 @@ def _read_turns(turns, where: str) -> list[dict]:
 
 
 def message_parts(text: str) -> list[dict]:
-    """The parts of a turn, with a single marker in front as LLaVA-1.5's preprocess_multimodal has it."""
+    """The parts of a turn. A single marker moves to the front, as in LLaVA-1.5's preprocess_multimodal."""
     if text.count(IMAGE_MARKER) == 1:
         text = f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()
     pieces = [piece for piece in re.split(f"({IMAGE_MARKER})", text) if piece]

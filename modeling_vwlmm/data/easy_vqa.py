@@ -12,7 +12,7 @@ from .conversations import FEATURES, ROLES, message_parts, to_dataset
 
 COLORS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 SHAPES = {"circle", "rectangle", "triangle"}
-# easy-VQA's own wordings, which ask for one of the two
+# easy-VQA asks in these words for a colour or a shape; here they ask for both at once
 PAIR_WORDINGS = [
     "is there a {}?",
     "is there not a {}?",
@@ -26,22 +26,23 @@ PAIR_WORDINGS = [
 
 
 def easy_vqa(split: str, task: str) -> Dataset:
-    """The easy-VQA data set (4,000 + 1,000 images of one coloured shape), from the PyPI package `easy_vqa`.
+    """Load the easy-VQA data set (4,000 + 1,000 images of one coloured shape) from the PyPI package `easy_vqa`.
 
     Args:
         split: "train" or "test".
         task: what a row is.
-            "caption": an image and its description, like "a blue triangle". The questions tell neither colour nor
-                shape of 422 training and 112 test images, which are left out.
+            "caption": an image and its description, like "a blue triangle". 422 training and 112 test images are left
+                out, because their questions tell neither colour nor shape.
             "conversation": an image and all of its questions with their answers.
-            "shuffled-conversation": the same, each image four times, with its questions in four random orders. A model
-                that will be asked one question at a time learns too little from the first ones of 4,000 conversations.
-            "pair-conversation": an image and four questions that easy-VQA does not ask, with their answers: about a
-                colour and a shape at once, like "is there a red circle?". Of the images that "caption" has.
-            "question": an image and one question, not answered in `messages` but in `answer`.
+            "shuffled-conversation": the same, with each image four times and its questions in four random orders. The
+                first questions of 4,000 conversations alone teach a model too little to answer single questions.
+            "pair-conversation": an image of those in "caption" and four questions that easy-VQA does not ask, with
+                their answers. They ask about a colour and a shape at once, like "is there a red circle?".
+            "question": an image and one question, whose answer is not in `messages` but in `answer`.
 
     Returns:
-        A `Dataset` with the columns of this module, sorted by image; "question" adds `answer` and `kind` (`kind_of`).
+        A `Dataset` with the columns that `conversations` describes, sorted by image. "question" adds the columns
+        `answer` and `kind` (see `kind_of`).
 
     Raises:
         ImportError: the package `easy_vqa` is not installed.
@@ -65,7 +66,7 @@ def easy_vqa(split: str, task: str) -> Dataset:
     if task not in tasks:
         raise ValueError(f"easy_vqa: found task {task!r}, expected one of {', '.join(tasks)}")
     get_questions, get_paths = splits[split]
-    questions = {image: [] for image in sorted(get_paths())}
+    questions: dict[int, list[tuple[str, str]]] = {image: [] for image in sorted(get_paths())}
     for question, answer, image in zip(*get_questions(), strict=True):
         questions[image].append((question, answer))
     extra = {"answer": Value("string"), "kind": Value("string")} if task == "question" else {}
@@ -76,7 +77,7 @@ def kind_of(question: str) -> str:
     """The kind of an easy-VQA question: "color", "shape" or "yes/no"; `ValueError` for any other question."""
     if re.match(r"(is|does)\b", question):
         return "yes/no"
-    # "what color is the shape?" asks for the colour
+    # The colour comes first, because "what color is the shape?" names both and asks for the colour
     for kind in ("color", "shape"):
         if re.match(rf"what\b.*\b{kind}\b", question):
             return kind
@@ -94,7 +95,7 @@ def _caption_rows(questions: dict[int, list[tuple[str, str]]], paths: dict[int, 
         for question, answer in answered:
             words = set(re.findall(r"\w+", question))
             is_yes_no = kind_of(question) == "yes/no"
-            # What a question takes for granted ("what color is the circle?") and its answer hold both
+            # All other questions name only what is true: "what color is the circle?" takes a circle for granted
             holds = (answer == "yes") != bool(words & {"no", "not"}) if is_yes_no else True
             for candidates, names in ((colors, COLORS), (shapes, SHAPES)):
                 if named := (words | {answer}) & names:

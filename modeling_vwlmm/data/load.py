@@ -1,16 +1,28 @@
-"""Data sets as a recipe names them, with what a trainer needs of them."""
+"""Data sets by the names that recipes give them, made ready for a trainer."""
 
+import os
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, Image, List, load_from_disk
+from datasets import Dataset, DatasetDict, Image, IterableDataset, List, load_from_disk
 from datasets import load_dataset as load_from_hub
 
 from .conversations import load_conversations
 from .easy_vqa import easy_vqa
 
 
-def load_dataset(name, image_folder=None, split="train"):
-    """The dataset that a recipe names, see [`TrainArguments`]."""
+def load_dataset(name: str, image_folder: str | os.PathLike | None = None, split: str = "train") -> Dataset:
+    """Load the dataset that a recipe names.
+
+    Args:
+        name: one of `easy-vqa/TASK`, a data file of LLaVA's (.json, .jsonl), a folder of `save_to_disk`, or a
+            repository.
+        image_folder: the folder of the images, for a data file.
+        split: the part of the data set that is loaded. A data file has none.
+
+    Raises:
+        ValueError: the name needs a package, an image folder or a split that is missing.
+    """
     if name.startswith("easy-vqa/"):
         try:
             return easy_vqa(split, name.removeprefix("easy-vqa/"))
@@ -31,8 +43,8 @@ def load_dataset(name, image_folder=None, split="train"):
     return load_from_hub(name, split=split)
 
 
-def columns_of(dataset):
-    """Names of the columns of a dataset or a stream."""
+def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
+    """The names of the columns of a dataset or a stream; `ValueError` if it is empty."""
     if dataset.column_names is not None:
         return dataset.column_names
     first = next(iter(dataset), None)
@@ -41,8 +53,11 @@ def columns_of(dataset):
     return list(first)
 
 
-def number_samples(dataset):
-    """The dataset with a column `sample_index` for error messages, and a column of images if it holds only texts."""
+def number_samples(dataset: Any) -> Any:
+    """A dataset with a column `sample_index` for error messages, and a column of images if it holds only texts.
+
+    It may be a `Dataset`, an `IterableDataset`, a dict of these by name, or None.
+    """
     if dataset is None:
         return None
     if isinstance(dataset, dict):
@@ -51,7 +66,7 @@ def number_samples(dataset):
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError("the dataset is empty")
     for column, feature in (dataset.features or {}).items():
-        # datasets' own decoding names no sample in its errors
+        # The collator opens the images, because the errors of `datasets` name no sample
         if feature in (Image(), List(Image())):
             undecoded = Image(decode=False)
             dataset = dataset.cast_column(column, undecoded if feature == Image() else List(undecoded))
@@ -62,5 +77,5 @@ def number_samples(dataset):
         if without_images:
             dataset = dataset.add_column("images", [[] for _ in range(len(dataset))])
         return dataset.add_column("sample_index", list(range(len(dataset))))
-    added = {"images": []} if without_images else {}
+    added: dict[str, list] = {"images": []} if without_images else {}
     return dataset.map(lambda example, index: {**example, **added, "sample_index": index}, with_indices=True)

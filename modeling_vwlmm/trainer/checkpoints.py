@@ -1,12 +1,15 @@
-"""Checkpoints that are whole or not there, and which of them a run goes on from."""
+"""Checkpoints that a run can go on from, whole even if it was killed while it saved."""
 
 import contextlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
+import torch
 from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -17,24 +20,24 @@ from ..training_run import read_training_run
 
 
 UNFINISHED = ".unfinished"
-# What may differ when a run goes on, from another place on another machine
+# A run may go on from another place on another machine, where these differ
 _NOT_COMPARED = {"resume_from_checkpoint", "output_dir"}
 
 
 class WholeCheckpoints(Trainer):
-    """A [`~transformers.Trainer`] whose checkpoint-N appears under its name when all of it is written.
+    """A [`~transformers.Trainer`] whose checkpoint-N appears under its name once all of it is written.
 
-    Killed while it saves, it leaves the folder `.unfinished`, which nothing looks at and the next save removes. A
-    checkpoint holds no weights that are not finite: a step whose gradient is not is an error, and is not taken.
+    A run that is killed while it saves leaves the folder `.unfinished`, which nothing reads and the next save removes.
+    A step whose gradient is not finite is an error and is not taken, so no checkpoint holds weights from such a step.
     """
 
     _is_saving = False
 
-    def _get_output_dir(self, trial):
+    def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
         return os.path.join(run_dir, UNFINISHED) if self._is_saving else run_dir
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
         unfinished, name = run_dir / UNFINISHED, f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -53,8 +56,8 @@ class WholeCheckpoints(Trainer):
         if self.state.best_model_checkpoint == str(unfinished / name):
             self.state.best_model_checkpoint = str(run_dir / name)
         if self.args.should_save:
-            self.state.save_to_json(unfinished / name / TRAINER_STATE_NAME)
-            if (run_dir / name).exists():  # of an earlier try, and whole until the new one is there
+            self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
+            if (run_dir / name).exists():  # an earlier try left it, and it stays whole until the new one is there
                 (run_dir / name).rename(unfinished / "replaced")
             (unfinished / name).rename(run_dir / name)
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -68,34 +71,35 @@ class WholeCheckpoints(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / name))
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with contextlib.nullcontext() if _internal_call else _explaining_failures(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
             if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT":
-                # Shards are all that transformers writes then, to go on from but not to load elsewhere
+                # transformers writes only shards then, from which a run goes on, but which nothing else loads
                 self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
-    def _push_from_checkpoint(self, checkpoint_folder):
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # transformers pushes while it saves, from a folder that is not whole yet
         if not self._is_saving:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _get_grad_norm(self, model, grad_norm=None):
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        # With a scaler, in float16, the optimizer skips such a step by itself
+        # In float16 there is a scaler, which skips such a step by itself
         if grad_norm is not None and self.accelerator.scaler is None and not math.isfinite(grad_norm):
             self.refuse_to_go_on(f"the norm of the gradient is {float(grad_norm)}")
         return grad_norm
 
-    def refuse_to_go_on(self, reason):
-        """A `ValueError` that says where the weights before this step are."""
+    def refuse_to_go_on(self, reason: str) -> NoReturn:
+        """Raise a `ValueError` that says where the weights before this step are."""
         last = last_checkpoint(self.args.output_dir)
         raise ValueError(
             f"{reason} at step {self.state.global_step + 1}, from where nothing would be learnt: "
             + (f"the last checkpoint is {last}" if last else "no checkpoint was saved before")
         )
 
-    def _run_epoch(self, **kwargs):
-        # Were it not for this, a run that was killed after its last step would take one more
+    def _run_epoch(self, **kwargs) -> None:  # type: ignore[override]  # passes on what transformers names
+        # A run that was killed after its last step has none left, but transformers would take one more
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -103,12 +107,12 @@ class WholeCheckpoints(Trainer):
 
 
 @contextlib.contextmanager
-def _explaining_failures(path):
-    """Make a failure to write a file an `OSError` of one line that says what is left."""
+def _explaining_failures(path: str | os.PathLike) -> Iterator[None]:
+    """Turn a failure to write a file into an `OSError` of one line that says which checkpoint is left."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save's own, which do not say why
+        # torch.save fails with a RuntimeError that does not say why. Others have another cause
         if isinstance(error, RuntimeError) and "inline_container.cc" not in str(error):
             raise
         parent = Path(path).parent
@@ -120,20 +124,20 @@ def _explaining_failures(path):
         ) from error
 
 
-def last_checkpoint(output_dir):
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The last checkpoint-N of a folder, None if there is none."""
     return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
 
 
-def own_checkpoint(output_dir, stages):
-    """The checkpoint to go on from: the last one in a folder, None if there is none.
+def own_checkpoint(output_dir: str | os.PathLike, stages: list[dict]) -> str | None:
+    """The checkpoint that a run goes on from: the last one in its folder, None if there is none.
 
     Args:
-        output_dir (`str`): of the run.
-        stages (`list[dict]`): the run's record, see [`read_training_run`].
+        output_dir: of the run.
+        stages: the run's record, see [`read_training_run`].
 
     Raises:
-        ValueError: the checkpoints there are of another run, started from another model or with other settings.
+        ValueError: the checkpoint is of another run, which started from another model or with other settings.
     """
     checkpoint = last_checkpoint(output_dir)
     if checkpoint is None:
@@ -147,8 +151,8 @@ def own_checkpoint(output_dir, stages):
     return checkpoint
 
 
-def is_finished(output_dir, checkpoint):
-    """Whether a run has saved all it saves, of which `checkpoint` is the last."""
+def is_finished(output_dir: str | os.PathLike, checkpoint: str) -> bool:
+    """Whether the run whose last checkpoint is given has taken all its steps and saved its model."""
     try:
         state = TrainerState.load_from_json(os.path.join(output_dir, TRAINER_STATE_NAME))
     except (OSError, ValueError, TypeError):
@@ -157,8 +161,8 @@ def is_finished(output_dir, checkpoint):
     return same_run and state.global_step >= state.max_steps
 
 
-def _comparable(stages):
-    """What makes a run what it is, wherever it runs and with whatever versions, but on as many devices."""
+def _comparable(stages: list[dict]) -> list[dict[str, Any]]:
+    """What must be equal for two records to be of one run: all but places, versions and the kind of device."""
     compared = []
     for stage in stages:
         recipe = {name: value for name, value in stage.get("recipe", {}).items() if name not in _NOT_COMPARED}
@@ -168,7 +172,7 @@ def _comparable(stages):
     return compared
 
 
-def _difference(found, stages):
+def _difference(found: list[dict], stages: list[dict]) -> str | None:
     if not found:
         return "it has no record of a run"
     if _comparable(found[:-1]) != _comparable(stages[:-1]):
@@ -178,7 +182,8 @@ def _difference(found, stages):
         names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         if names:
             return ", ".join(f"{name} was {_shown(old, name)}, is {_shown(new, name)}" for name in names)
+    return None
 
 
-def _shown(values, name):
+def _shown(values: dict[str, Any], name: str) -> str:
     return json.dumps(values[name]) if name in values else "not given"

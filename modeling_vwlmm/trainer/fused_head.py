@@ -1,4 +1,4 @@
-"""The visual-word loss in TRL's fused LM head, from one run of the backbone."""
+"""The visual-word loss in TRL's fused LM head, for one run of the backbone to give both losses."""
 
 import functools
 import types
@@ -8,30 +8,32 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
+from ..modeling_vwlmm import VWLmmForCausalLM
+
 
 @dataclass
 class FusedVWLmmOutput(FusedCausalLMOutput):
-    """What TRL's fused LM head returns, the sum of the visual-word loss and the number of positions it scores."""
+    """TRL's output, with the sum of the visual-word loss and the number of positions that it scores."""
 
     vw_loss_sum: torch.Tensor | None = None
     vw_positions: torch.Tensor | None = None
 
 
-def add_visual_word_loss(model):
-    """Let `model(..., fused_lm_head=True)`, patched in by TRL, return the visual-word loss too.
+def add_visual_word_loss(model: VWLmmForCausalLM) -> None:
+    """Make `model(..., fused_lm_head=True)`, which TRL patches in, return the visual-word loss too.
 
-    TRL's patch runs the backbone and keeps nothing of it but the log-probabilities of the labels. The loss is taken
-    from the same run of the backbone, inside the model's forward, where DDP and FSDP have its weights ready. TRL's
-    head gets the hidden states of the labels alone, of which image positions, the most by far, have none.
+    TRL's patch runs the backbone and keeps only the log-probabilities of the labels. The visual-word loss needs the
+    same run of the backbone, and is computed inside the model's forward, where DDP and FSDP have its weights ready.
+    TRL's head then reads only the hidden states that predict a label, and so skips image positions, which are most.
     """
     fused_forward = model.forward
 
     @functools.wraps(fused_forward)
     def forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
         if fused_lm_head and isinstance(self.lm_head, FSDPModule):
-            # TRL reads its weight without calling it, and would leave the other ranks out of its gradient
+            # TRL reads the head's weight without calling the head, so FSDP would not sum its gradient over the ranks
             self.lm_head.unshard()
-            # Pseudo image features are made of its weight after it was called
+            # Pseudo image features read the embeddings' weight after their call, so FSDP must leave it whole
             self.get_input_embeddings().set_reshard_after_forward(not self.config.pseudo_image_features)
         if not fused_lm_head or not self.config.visual_word_loss_weight:
             return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)

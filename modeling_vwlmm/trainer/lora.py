@@ -1,8 +1,9 @@
-"""Adapters that train the LLM of a VW-LMM model and leave its heads and its vision tower alone, through PEFT."""
+"""Adapters of PEFT that train the LLM of a VW-LMM model alone."""
 
 import copy
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -14,9 +15,9 @@ from ..stages import PARTS
 
 
 LLM = PARTS["language_model"][0]
-# PEFT puts no adapter on what this matches, which is all but the LLM
+# A pattern for PEFT's exclude_modules: all but the LLM
 _NOT_IN_THE_LLM = rf"(?!{re.escape(LLM)}\.).*"
-# bitsandbytes leaves these as they are: they are small, and the losses read the weights of the two heads
+# bitsandbytes must leave these as they are: they are small, and the losses read the weights of the two heads
 NOT_QUANTIZED = [name for names in PARTS.values() for name in names if name != LLM]
 # PEFT finds a module that trains whole by the end of its name
 SAVED_WHOLE = {part: names[0].rpartition(".")[2] for part, names in PARTS.items() if part != "language_model"}
@@ -24,7 +25,7 @@ SAVED_WHOLE = {part: names[0].rpartition(".")[2] for part, names in PARTS.items(
 
 @dataclass
 class LoraArguments:
-    """LoRA and QLoRA in recipes, with the names of TRL's [`~trl.ModelConfig`]; `lora_kwargs` takes the rest."""
+    """The fields of a recipe for LoRA and QLoRA, which have the names of TRL's [`~trl.ModelConfig`]."""
 
     use_peft: bool = field(default=False, metadata={"help": "Train an adapter instead of the LLM itself."})
     lora_r: int = field(default=16, metadata={"help": "Rank."})
@@ -49,7 +50,7 @@ class LoraArguments:
     bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4."})
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the scales too."})
 
-    def peft_config(self):
+    def peft_config(self) -> LoraConfig | None:
         """The [`~peft.LoraConfig`], None without `use_peft`."""
         if not self.use_peft:
             return None
@@ -68,8 +69,8 @@ class LoraArguments:
         except TypeError as error:
             raise ValueError(f"lora_kwargs do not fit peft.LoraConfig: {error}") from error
 
-    def quantization_config(self, compute_dtype):
-        """The [`~transformers.BitsAndBytesConfig`], None where nothing is quantized."""
+    def quantization_config(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+        """The [`~transformers.BitsAndBytesConfig`], None if nothing is quantized."""
         if not (self.load_in_4bit or self.load_in_8bit):
             return None
         if not self.use_peft:
@@ -83,15 +84,16 @@ class LoraArguments:
         )
 
 
-def for_language_model(peft_config, parts):
-    """A copy of a LoRA config whose adapters are on the LLM's linear layers, and on no others.
+def for_language_model(peft_config: LoraConfig, parts: list[str] | None) -> LoraConfig:
+    """A copy of a LoRA config that puts adapters on linear layers of the LLM and on no others.
 
     Args:
-        peft_config ([`~peft.LoraConfig`]):
-            Where its `target_modules` is a list, the layers of the LLM of those names are taken, and all of its linear
-            ones where it is not given. A regular expression is left as it is.
-        parts (`list[str]`, *optional*):
-            What the stage trains, see `PARTS`: all of it but the LLM trains whole, if `modules_to_save` is not given.
+        peft_config:
+            A list of `target_modules` names layers of the LLM. If it is not given, all linear layers of the LLM get an
+            adapter. A regular expression is left as it is.
+        parts:
+            The parts that the stage trains, keys of `PARTS`. All but the LLM train whole, unless `modules_to_save` is
+            given. None if no stage says what trains.
 
     Raises:
         ValueError: `parts` leaves the LLM out.
@@ -122,17 +124,23 @@ def parts_alone(parts: list[str]) -> LoraConfig:
     )
 
 
-def skip_small_parts(quantization_config):
-    """A copy of a bitsandbytes config that leaves all but the LLM unquantized, if it does not say what to leave."""
+def skip_small_parts(quantization_config: Any) -> Any:
+    """A copy of a bitsandbytes config that leaves all but the LLM unquantized.
+
+    A config of another kind, or one that names what it leaves, comes back as it is.
+    """
     if getattr(quantization_config, "llm_int8_skip_modules", NOT_QUANTIZED) is None:
         quantization_config = copy.copy(quantization_config)
         quantization_config.llm_int8_skip_modules = NOT_QUANTIZED
     return quantization_config
 
 
-def keep_precision(model, has_autocast):
-    """Keep what a PEFT model trains whole in float32 under autocast, as PEFT keeps adapters: small steps vanish in 16
-    bits. Without autocast, it stays in the dtype of what it replaces."""
+def keep_precision(model: torch.nn.Module, has_autocast: bool) -> None:
+    """Choose the dtype of the modules that a PEFT model trains whole.
+
+    Small steps vanish in 16 bits, so under autocast they are in float32, as PEFT keeps adapters. Without autocast they
+    have the dtype of the modules they replace.
+    """
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             dtype = torch.float32 if has_autocast else next(module.original_module.parameters()).dtype
