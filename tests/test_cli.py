@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.cli import main
+from modeling_vwlmm.cli.main import VERBS
 from modeling_vwlmm.words import _rows, draw_words, seen_image, top_words
 
 
@@ -115,6 +116,16 @@ def test_a_recipe_can_evaluate_and_names_are_not_guessed(tmp_path, capsys, model
     logs = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert any("eval_vw_loss" in log for log in logs)
     assert "learning_rat" in error_of(capsys, "train", "--config", recipe, *CPU, "--learning_rat", "1")
+
+
+def test_a_recipe_can_set_the_environment(tmp_path, monkeypatch, capsys, model_folder, data):
+    monkeypatch.setenv("VWLMM_TEST", "before")
+    recipe = recipe_of(tmp_path, model_folder, data, env={"VWLMM_TEST": 7})
+    main(["train", f"--config={recipe}", *CPU])
+    assert os.environ["VWLMM_TEST"] == "7"
+    assert "env" not in json.loads((tmp_path / "out" / "training_run.json").read_text())[0]["recipe"]
+    recipe = recipe_of(tmp_path, model_folder, data, env=["VWLMM_TEST"])
+    assert "recipe.yaml: env is ['VWLMM_TEST'], expected" in error_of(capsys, "train", "--config", recipe, *CPU)
 
 
 def test_errors_of_workers_are_one_line(tmp_path, capsys, model_folder, data):
@@ -254,13 +265,15 @@ def test_the_picture_lays_words_over_the_patches_they_belong_to():
 
 
 def test_help_has_an_example():
-    for verb in ("train", "generate", "words"):
+    for verb in VERBS:
         printed = subprocess.run(
             [sys.executable, "-m", "modeling_vwlmm", verb, "--help"], capture_output=True, text=True, cwd=ROOT
         )
         assert printed.returncode == 0 and "example: vwlmm" in printed.stdout
+        assert VERBS[verb].EXAMPLE.startswith(f"vwlmm {verb} ")
     printed = subprocess.run([sys.executable, "-m", "modeling_vwlmm"], capture_output=True, text=True, cwd=ROOT)
     assert printed.returncode == 2 and "usage: vwlmm" in printed.stderr
+    assert all(verb.SUMMARY in printed.stderr and verb.EXAMPLE in printed.stderr for verb in VERBS.values())
 
 
 @pytest.mark.parametrize("tower", TOWERS)

@@ -1,4 +1,4 @@
-"""`vwlmm words`: visual words over images."""
+"""`vwlmm words`: draws visual words over images."""
 
 import argparse
 import json
@@ -6,17 +6,21 @@ import json
 from .shared import load, open_pictures
 
 
-def words(argv):
+SUMMARY = "draw visual words over images"
+EXAMPLE = "vwlmm words runs/quickstart/joint a.png b.png --output words.png"
+
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="vwlmm words",
-        description="Draw the most probable visual word of every patch over the images.",
-        epilog="example: vwlmm words runs/quickstart/joint a.png b.png --output words.png",
+        description="Lay the most probable visual word of every patch over the images.",
+        epilog=f"example: {EXAMPLE}",
     )
     parser.add_argument("model", help="folder or repository")
-    parser.add_argument("images", nargs="+", metavar="image")
+    parser.add_argument("images", nargs="+", metavar="image", help="image files")
     parser.add_argument("--output", help="the picture to write")
     parser.add_argument("--json", action="store_true", help="print the words and probabilities of every patch")
-    parser.add_argument("--top", type=int, default=3, help="words a patch in the JSON")
+    parser.add_argument("--top", type=int, default=3, help="words of a patch in the JSON (default: 3)")
     arguments = parser.parse_args(argv)
     if not (arguments.output or arguments.json):
         parser.error("nothing to do: give --output FILE.png, --json or both")
