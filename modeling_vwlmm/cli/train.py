@@ -5,7 +5,12 @@ import difflib
 import os
 import sys
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from ..trainer import VWLmmSFTConfig, VWLmmSFTTrainer
+    from ..trainer.lora import LoraArguments
 
 SUMMARY = "train a model, as a recipe says"
 EXAMPLE = "vwlmm train --config recipes/stage2_instruct.yaml --learning_rate 1e-5"
@@ -40,7 +45,7 @@ def main(argv: list[str]) -> None:
         _run(trainer, checkpoint)
 
 
-def _parse(argv):
+def _parse(argv: list[str]) -> "tuple[TrainArguments, VWLmmSFTConfig, LoraArguments, dict[str, Any]]":
     """The arguments of the run, and those of them that the recipe or the command line names, for its record."""
     from trl import TrlParser
 
@@ -64,13 +69,13 @@ def _parse(argv):
         parser.set_defaults_with_config(**recipe)
         named |= recipe.keys()
     arguments, config, lora, *_ = parser.parse_args_into_dataclasses(argv)
-    recorded = {}
+    recorded: dict[str, Any] = {}
     for part in (arguments, config, lora):
         recorded |= given_fields(part, named)
     return arguments, config, lora, recorded
 
 
-def _read_recipe(path, known):
+def _read_recipe(path: str, known: list[str]) -> dict[str, Any]:
     """The fields of a recipe, which must be known. Its `env` goes to the environment, as TRL's own reader does it."""
     import yaml
 
@@ -92,7 +97,9 @@ def _read_recipe(path, known):
     return recipe
 
 
-def _load(arguments, config, lora, recipe):
+def _load(
+    arguments: TrainArguments, config: "VWLmmSFTConfig", lora: "LoraArguments", recipe: dict[str, Any]
+) -> "VWLmmSFTTrainer":
     """The trainer, with its model and data."""
     import torch
     from transformers import AutoProcessor
@@ -116,7 +123,7 @@ def _load(arguments, config, lora, recipe):
     )
 
 
-def _resume(trainer):
+def _resume(trainer: "VWLmmSFTTrainer") -> tuple[bool, str | bool | None]:
     """Whether the training is finished already; if not, the checkpoint that it goes on from, if there is one."""
     from ..trainer.checkpoints import is_finished, last_checkpoint, own_checkpoint
 
@@ -135,7 +142,7 @@ def _resume(trainer):
     return False, checkpoint
 
 
-def _run(trainer, checkpoint):
+def _run(trainer: "VWLmmSFTTrainer", checkpoint: str | bool | None) -> None:
     from ..trainer.checkpoints import last_checkpoint
 
     try:
@@ -147,6 +154,6 @@ def _run(trainer, checkpoint):
         raise KeyboardInterrupt(f", the last checkpoint is {last}" if last else ", there is no checkpoint") from None
 
 
-def _say(trainer, message):
+def _say(trainer: "VWLmmSFTTrainer", message: str) -> None:
     if trainer.is_world_process_zero():
         print(f"vwlmm train: {message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the records of a model say, as the metadata and the tables of its card."""
+"""Turns the records of a model into what its card says."""
 
 import itertools
 import os
@@ -132,7 +132,7 @@ def stage_rows(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [_stage_row(stage, stage.get("recipe") or {}, own_folders) for stage in stages]
 
 
-def _stage_row(stage, recipe, own_folders):
+def _stage_row(stage: dict[str, Any], recipe: dict[str, Any], own_folders: list[str]) -> dict[str, Any]:
     steps = recipe.get("max_steps", -1)
     epochs = recipe.get("num_train_epochs")
     shown = {name: value for name, value in recipe.items() if name not in _NOT_SHOWN}
@@ -141,7 +141,7 @@ def _stage_row(stage, recipe, own_folders):
     return {
         "name": stage.get("stage") or "",
         "base_model": ", ".join(_shown(name, own_folders) for name in listed(stage.get("base_model"))),
-        "dataset": _shown(stage.get("dataset")) or "",
+        "dataset": _shown(stage["dataset"]) if stage.get("dataset") else "",
         # Old records have no parts beside the stage, only those that the recipe names
         "trains": ", ".join(listed(stage.get("trainable") or recipe.get("trainable"))),
         "length": f"{steps} steps" if steps > 0 else f"{epochs} epochs" if epochs is not None else "",
@@ -177,7 +177,7 @@ def result_tables(results: Iterable[EvalResult]) -> list[str]:
     return tables
 
 
-def _is_repo(name, own_folders=()):
+def _is_repo(name: str, own_folders: Iterable[str] = ()) -> bool:
     """Whether a name looks like that of a repository: it is valid, and no folder here or of the run has it."""
     if "/" not in name or os.path.exists(name) or os.path.normpath(name) in own_folders:
         return False
@@ -188,18 +188,18 @@ def _is_repo(name, own_folders=()):
     return True
 
 
-def _shown(name, own_folders=()):
+def _shown(name: str, own_folders: Iterable[str] = ()) -> str:
     """The name of a repository as it is, and the base name of a folder."""
-    return name if name is None or _is_repo(name, own_folders) else base_name(name)
+    return name if _is_repo(name, own_folders) else base_name(name)
 
 
-def _own_folders(stages):
+def _own_folders(stages: list[dict[str, Any]]) -> list[str]:
     """The folders that the stages wrote, from which the next ones started."""
     recipes = [stage.get("recipe") or {} for stage in stages]
     return [os.path.normpath(recipe["output_dir"]) for recipe in recipes if recipe.get("output_dir")]
 
 
-def _card_data(name):
+def _card_data(name: str) -> dict[str, Any]:
     """The metadata in the card of a folder or repository; none if there is no card or it cannot be reached."""
     path = Path(name, "README.md") if os.path.isdir(name) else name
     try:

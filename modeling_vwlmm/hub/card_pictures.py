@@ -48,7 +48,7 @@ def draw_losses(folder: Path, stages: list[dict[str, Any]]) -> str | None:
     return LOSSES_PICTURE
 
 
-def _losses(folder, stages):
+def _losses(folder: Path, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The losses of each stage: from the folder that it wrote, or from the last card if that folder is gone."""
     known = read_json(folder / LOSSES) if (folder / LOSSES).is_file() else []
     names = [stage.get("stage") for stage in stages] or [None]
@@ -83,7 +83,7 @@ def draw_visual_words(model: VWLmmForCausalLM, folder: Path) -> str | None:
     return WORDS_PICTURE
 
 
-def _shapes():
+def _shapes() -> Image.Image:
     image = Image.new("RGB", (336, 336), "white")
     draw = ImageDraw.Draw(image)
     draw.ellipse((30, 40, 150, 160), fill="red")

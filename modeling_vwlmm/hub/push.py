@@ -249,7 +249,7 @@ def push(
         prepared = prepare(model, Path(scratch), repo_id, base_model, card_text, token)
         with explain_hub_errors(repo_id, token):
             prepared.card.validate()
-            if prepared.base is not None:
+            if prepared.base is not None and base_model_id is not None:
                 _check_base(api, base_model_id, prepared.base)
             if info is None:
                 api.create_repo(repo_id, private=private)
