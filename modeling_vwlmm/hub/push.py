@@ -74,12 +74,12 @@ def check_repository(
 ) -> tuple[str, ModelInfo | None]:
     """Refuse a repository that a model cannot be pushed to.
 
-    Returns:
-        `tuple[str, ModelInfo | None]`: its full name and what is in it, None if it does not exist.
-
     Args:
         config ([`VWLmmConfig`], *optional*): of the model; None for an adapter.
         base_model (`str`, *optional*): the adapter's base model.
+
+    Returns:
+        `tuple[str, ModelInfo | None]`: its full name and what is in it, None if it does not exist.
 
     Raises:
         ValueError: the name is not valid, there is another model in it, or it is public though `private` is asked for.
