@@ -1,4 +1,4 @@
-"""The command line, a verb a file."""
+"""The command line, with a file for each verb."""
 
 from .main import main
 

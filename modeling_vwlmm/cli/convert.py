@@ -1,36 +1,41 @@
-"""`vwlmm convert`: another checkpoint becomes a VW-LMM model, or a VW-LMM model a LLaVA one."""
+"""`vwlmm convert`: turns another checkpoint into a VW-LMM model, or a VW-LMM model into a LLaVA one."""
 
 import argparse
 
 from .shared import quiet
 
 
-def convert(argv):
+SUMMARY = "turn another checkpoint into a VW-LMM model, or a VW-LMM model into a LLaVA one"
+EXAMPLE = "vwlmm convert MYTH-Lab/VW-LMM-Vicuna-7b vw-lmm-vicuna-7b"
+
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="vwlmm convert",
-        description="Make a VW-LMM model of a published VW-LMM checkpoint, of a LLaVA checkpoint (the original's or "
-        "transformers'), or of an LLM and a vision tower; or, with --to llava, a LLaVA checkpoint of a VW-LMM model.",
-        epilog="example: vwlmm convert MYTH-Lab/VW-LMM-Vicuna-7b vw-lmm-vicuna-7b",
+        description="Make a VW-LMM model out of a published VW-LMM checkpoint, a LLaVA checkpoint (in the original's "
+        "layout or transformers'), or an LLM and a vision tower. With --to llava, make a LLaVA checkpoint out of a "
+        "VW-LMM model.",
+        epilog=f"example: {EXAMPLE}",
     )
     parser.add_argument("source", nargs="?", help="folder or repository of the checkpoint")
     parser.add_argument("destination", help="the folder to write")
-    parser.add_argument("--to", choices=["vwlmm", "llava"], default="vwlmm")
-    parser.add_argument("--language-model", help="folder or repository of an LLM, or a GGUF file, to start anew from")
+    parser.add_argument("--to", choices=["vwlmm", "llava"], default="vwlmm", help="what to make (default: vwlmm)")
+    parser.add_argument("--language-model", help="folder or repository of an LLM, or a GGUF file, for a new model")
     parser.add_argument(
         "--vision-tower",
-        help="folder or repository of a vision tower: to start anew from, or instead of the one that a published "
+        help="folder or repository of a vision tower, for a new model or in place of the one that a published "
         "checkpoint names",
     )
     parser.add_argument(
-        "--variant", help="vicuna, mistral or vicuna-pif: what a published checkpoint is, if its config does not say"
+        "--variant", help="which published checkpoint it is, if its config does not say: vicuna, mistral or vicuna-pif"
     )
     parser.add_argument(
         "--vm-head",
         choices=["random", "lm_head"],
-        help="how a new VM head starts: at random (default) or as a copy of the LLM's own head",
+        help="how a new VM head starts: at random (the default), or as a copy of the LLM's own head",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what starts at random")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="the checkpoint's if not given")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights that start at random (default: 0)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     arguments = parser.parse_intermixed_args(argv)
     is_new = arguments.language_model is not None
     if is_new == (arguments.source is not None) or (is_new and not arguments.vision_tower):

@@ -1,20 +1,26 @@
-"""`vwlmm generate`: an answer to a question about images."""
+"""`vwlmm generate`: answers a question about images."""
 
 import argparse
 
 from .shared import load, open_pictures
 
 
-def generate(argv):
+SUMMARY = "answer a question about images"
+EXAMPLE = 'vwlmm generate runs/quickstart/joint cat.png --prompt "what is this?"'
+
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="vwlmm generate",
-        description="Answer a question about images, word by word.",
-        epilog='example: vwlmm generate runs/quickstart/joint cat.png --prompt "what is this?"',
+        description="Answer a question about images. The answer is printed word by word.",
+        epilog=f"example: {EXAMPLE}",
     )
     parser.add_argument("model", help="folder or repository")
-    parser.add_argument("images", nargs="+", metavar="image")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument(
+        "images", nargs="+", metavar="image", help="image files, in the order that the model reads them"
+    )
+    parser.add_argument("--prompt", required=True, help="the question")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="the longest answer (default: 256)")
     arguments = parser.parse_args(argv)
 
     from transformers import TextStreamer

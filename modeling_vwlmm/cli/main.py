@@ -4,51 +4,36 @@ import sys
 
 from huggingface_hub.errors import StrictDataclassError
 
-from .convert import convert
-from .generate import generate
-from .merge import merge
-from .push import push
-from .train import train
-from .words import words
+from . import convert, generate, merge, push, train, words
 
 
-VERBS = {
-    "train": train,
-    "convert": convert,
-    "merge": merge,
-    "push": push,
-    "generate": generate,
-    "words": words,
-}
-USAGE = """usage: vwlmm VERB ...
-
-  train     one stage or recipe:  vwlmm train --config recipes/quickstart/stage1_align.yaml
-  convert   another checkpoint:   vwlmm convert SRC DST
-  merge     adapter and model:    vwlmm merge ADAPTER DST
-  push      share on the Hub:     vwlmm push FOLDER REPO
-  generate  answer a question:    vwlmm generate MODEL IMAGE [IMAGE ...] --prompt TEXT
-  words     draw visual words:    vwlmm words MODEL IMAGE [IMAGE ...] --output FILE.png
-
-vwlmm VERB --help says more."""
+# `vwlmm --help` lists them in this order
+VERBS = {"train": train, "convert": convert, "merge": merge, "push": push, "generate": generate, "words": words}
 
 
-def main(argv=None):
-    """Run a verb. Exit status 2 and one line on stderr for a wrong call or bad input."""
+def main(argv: list[str] | None = None) -> None:
+    """Run a verb. A wrong call or bad input ends with one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in ("-h", "--help"):
-        print(USAGE)
+        print(_overview())
         return
     if not argv or argv[0] not in VERBS:
-        print(USAGE if not argv else f'vwlmm: no verb "{argv[0]}", there are: {", ".join(VERBS)}', file=sys.stderr)
+        message = f'vwlmm: no verb "{argv[0]}", there are: {", ".join(VERBS)}' if argv else _overview()
+        print(message, file=sys.stderr)
         sys.exit(2)
     try:
-        VERBS[argv[0]](argv[1:])
+        VERBS[argv[0]].main(argv[1:])
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         message = str(error)
-        if "Original Traceback" in message:  # of a DataLoader worker
+        if "Original Traceback" in message:  # torch's DataLoader appends the error of its worker
             message = message.strip().splitlines()[-1]
         print(f"vwlmm {argv[0]}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(f"\nvwlmm {argv[0]}: interrupted{stop}", file=sys.stderr)
         sys.exit(130)
+
+
+def _overview() -> str:
+    verbs = [f"  {name:<8}  {verb.SUMMARY}\n            {verb.EXAMPLE}" for name, verb in VERBS.items()]
+    return "\n\n".join(["usage: vwlmm VERB ...", *verbs, "vwlmm VERB --help says more."])

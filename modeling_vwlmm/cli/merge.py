@@ -1,19 +1,23 @@
-"""`vwlmm merge`: an adapter and its base model become one model."""
+"""`vwlmm merge`: merges an adapter into its base model."""
 
 import argparse
 
 from .shared import quiet
 
 
-def merge(argv):
+SUMMARY = "merge an adapter into the model that it was trained on"
+EXAMPLE = "vwlmm merge runs/7b/lora runs/7b/merged"
+
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="vwlmm merge",
-        description="Merge an adapter into the model that it was trained on: a model that needs no PEFT.",
-        epilog="example: vwlmm merge runs/7b/lora runs/7b/merged",
+        description="Merge an adapter into the model that it was trained on. The merged model needs no PEFT.",
+        epilog=f"example: {EXAMPLE}",
     )
     parser.add_argument("adapter", help="folder or repository")
     parser.add_argument("destination", help="the folder to write")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="the base model's if not given")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the base model's")
     arguments = parser.parse_args(argv)
 
     import torch

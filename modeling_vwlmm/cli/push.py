@@ -1,4 +1,4 @@
-"""`vwlmm push`: share a model on the Hub."""
+"""`vwlmm push`: shares a model on the Hub."""
 
 import argparse
 import sys
@@ -7,20 +7,24 @@ from pathlib import Path
 from .shared import quiet
 
 
-def push(argv):
+SUMMARY = "share a model on the Hub"
+EXAMPLE = "vwlmm push runs/quickstart/joint vwlmm-easy-vqa --private"
+
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="vwlmm push",
-        description="Push a model or an adapter to the Hub, with its processor, card, logs and code. It is loaded "
-        "first, with and without this package, and looked at afterwards.",
-        epilog="example: vwlmm push runs/quickstart/joint vwlmm-easy-vqa --private",
+        description="Push a model or an adapter to the Hub, with its processor, card, logs and code. It is first "
+        "loaded, with and without this package; afterwards the files in the repository are compared with those sent.",
+        epilog=f"example: {EXAMPLE}",
     )
-    parser.add_argument("folder", help="of the model or adapter; it stays as it is")
-    parser.add_argument("repo", help="name, or user/name; made if it does not exist")
+    parser.add_argument("folder", help="folder of the model or adapter; it stays as it is")
+    parser.add_argument("repo", help="name, or user/name; the repository is made if it does not exist")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch to push to; made if it does not exist")
+    parser.add_argument("--revision", help="branch to push to; it is made if it does not exist")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     parser.add_argument("--base-model", help="repository of an adapter's base model, if it was trained on a folder")
-    parser.add_argument("--dry-run", action="store_true", help="send nothing: print the files, their sizes, the card")
+    parser.add_argument("--dry-run", action="store_true", help="send nothing; print the files, their sizes, the card")
     arguments = parser.parse_args(argv)
 
     import tempfile

@@ -1,18 +1,27 @@
 """What several verbs share."""
 
 import sys
+from typing import TYPE_CHECKING
 
 
-def quiet():
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import LlavaProcessor
+
+    from ..modeling_vwlmm import VWLmmForCausalLM
+
+
+def quiet() -> None:
+    """Keep transformers' warnings off the terminal: our own error names weights that do not fit in one line."""
     from transformers.utils import logging
 
-    # What does not load is told in one line, not in a table
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 
 
-def load(folder):
+def load(folder: str) -> tuple["VWLmmForCausalLM", "LlavaProcessor"]:
+    """A model, on the GPU if there is one, and its processor."""
     import torch
     from transformers import AutoProcessor
 
@@ -24,7 +33,7 @@ def load(folder):
     return model, AutoProcessor.from_pretrained(folder)
 
 
-def open_pictures(paths):
+def open_pictures(paths: list[str]) -> "list[Image.Image]":
     from ..data.images import open_images
 
     return open_images({"images": [{"path": path, "bytes": None} for path in paths]})

@@ -1,8 +1,19 @@
-"""`vwlmm train`: one stage or recipe."""
+"""`vwlmm train`: trains a model as a recipe says."""
 
+import argparse
 import difflib
+import os
 import sys
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from ..trainer import VWLmmSFTConfig, VWLmmSFTTrainer
+    from ..trainer.lora import LoraArguments
+
+SUMMARY = "train a model, as a recipe says"
+EXAMPLE = "vwlmm train --config recipes/stage2_instruct.yaml --learning_rate 1e-5"
 
 
 @dataclass
@@ -21,53 +32,85 @@ class TrainArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     eval_dataset: str | None = field(
         default=None,
-        metadata={"help": "What to evaluate on, named as the dataset is, with the same image_folder."},
+        metadata={"help": "Dataset to evaluate on, named in the same ways, with the same image_folder."},
     )
     eval_split: str = field(default="test", metadata={"help": "Split of the eval_dataset."})
 
 
-def train(argv):
-    import torch
-    import yaml
+def main(argv: list[str]) -> None:
+    arguments, config, lora, recipe = _parse(argv)
+    trainer = _load(arguments, config, lora, recipe)
+    is_finished, checkpoint = _resume(trainer)
+    if not is_finished:
+        _run(trainer, checkpoint)
+
+
+def _parse(argv: list[str]) -> "tuple[TrainArguments, VWLmmSFTConfig, LoraArguments, dict[str, Any]]":
+    """The arguments of the run, and those of them that the recipe or the command line names, for its record."""
     from trl import TrlParser
 
-    from ..data.load import load_dataset
-    from ..trainer import VWLmmSFTConfig, VWLmmSFTTrainer
-    from ..trainer.checkpoints import is_finished, last_checkpoint, own_checkpoint
+    from ..trainer import VWLmmSFTConfig
     from ..trainer.lora import LoraArguments
     from ..training_run import given_fields
 
+    recipe_parser = argparse.ArgumentParser(prog="vwlmm train", add_help=False, allow_abbrev=False)
+    recipe_parser.add_argument(
+        "--config", metavar="RECIPE", help="the recipe, a YAML file of the fields below; arguments override it"
+    )
     kinds = (TrainArguments, VWLmmSFTConfig, LoraArguments)
-    parser = TrlParser(kinds, prog="vwlmm train", allow_abbrev=False)
-    parser.epilog = "example: vwlmm train --config recipes/stage2_instruct.yaml --learning_rate 1e-5"
-    parser.add_argument("--config", help="the recipe, a YAML file of the fields below; arguments override it")
-    # TRL's parser looks for "--config FILE" alone
-    argv = [part for argument in argv for part in (argument.split("=", 1) if argument[:2] == "--" else [argument])]
-    named = {part[2:].replace("-", "_") for part in argv if part[:2] == "--"}
+    parser = TrlParser(
+        kinds, prog="vwlmm train", allow_abbrev=False, parents=[recipe_parser], epilog=f"example: {EXAMPLE}"
+    )
+    named = {part[2:].split("=")[0].replace("-", "_") for part in argv if part.startswith("--")}
     named |= {name.removeprefix("no_") for name in named}
-    if "--config" in argv[:-1]:
-        recipe = argv[argv.index("--config") + 1]
-        with open(recipe) as file:
-            try:
-                given = yaml.safe_load(file)
-            except yaml.YAMLError as error:
-                raise ValueError(f"{recipe} is not YAML: {error}") from error
-        if not isinstance(given, dict):
-            raise ValueError(f"{recipe} is not a recipe: expected a YAML mapping of fields to values")
-        known = [f.name for kind in kinds for f in fields(kind)] + ["env"]
-        for name in given:
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                raise ValueError(f'{recipe}: unknown field "{name}"' + (f', is "{close[0]}" meant?' if close else ""))
-        named |= given.keys()
-    arguments, config, lora, *_ = parser.parse_args_and_config(argv)
-    recipe = {name: value for part in (arguments, config, lora) for name, value in given_fields(part, named).items()}
+    path = recipe_parser.parse_known_args(argv)[0].config
+    if path is not None:
+        recipe = _read_recipe(path, [known.name for kind in kinds for known in fields(kind) if known.init])
+        parser.set_defaults_with_config(**recipe)
+        named |= recipe.keys()
+    arguments, config, lora, *_ = parser.parse_args_into_dataclasses(argv)
+    recorded: dict[str, Any] = {}
+    for part in (arguments, config, lora):
+        recorded |= given_fields(part, named)
+    return arguments, config, lora, recorded
+
+
+def _read_recipe(path: str, known: list[str]) -> dict[str, Any]:
+    """The fields of a recipe, which must be known. Its `env` goes to the environment, as TRL's own reader does it."""
+    import yaml
+
+    with open(path) as file:
+        try:
+            recipe = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} is not a recipe: expected a YAML mapping of fields to values")
+    environment = recipe.pop("env", {})
+    if not isinstance(environment, dict):
+        raise ValueError(f"{path}: env is {environment!r}, expected a mapping of variables to values")
+    for name in recipe:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), [*known, "env"], n=1)
+            raise ValueError(f'{path}: unknown field "{name}"' + (f', is "{close[0]}" meant?' if close else ""))
+    os.environ.update({str(name): str(value) for name, value in environment.items()})
+    return recipe
+
+
+def _load(
+    arguments: TrainArguments, config: "VWLmmSFTConfig", lora: "LoraArguments", recipe: dict[str, Any]
+) -> "VWLmmSFTTrainer":
+    """The trainer, with its model and data."""
+    import torch
+
+    from ..data.load import load_dataset
+    from ..trainer import VWLmmSFTTrainer
 
     dataset = load_dataset(arguments.dataset, arguments.image_folder, arguments.dataset_split)
     eval_dataset = None
     if arguments.eval_dataset is not None:
         eval_dataset = load_dataset(arguments.eval_dataset, arguments.image_folder, arguments.eval_split)
-    trainer = VWLmmSFTTrainer(
+    return VWLmmSFTTrainer(
         model=arguments.model,
         args=config,
         train_dataset=dataset,
@@ -76,27 +119,39 @@ def train(argv):
         quantization_config=lora.quantization_config(torch.bfloat16 if config.bf16 else torch.float32),
         run_record={"dataset": arguments.dataset, "recipe": recipe},
     )
-    if config.resume_from_checkpoint is None:
-        checkpoint = own_checkpoint(config.output_dir, trainer.stages)
-        if checkpoint and is_finished(config.output_dir, checkpoint):
-            _say(trainer, f"{config.output_dir} is finished, there is nothing left to do")
-            return
-        if checkpoint:
-            _say(trainer, f"going on from {checkpoint}")
-    else:
-        checkpoint = config.resume_from_checkpoint
-        checkpoint = {"true": True, "false": False}.get(str(checkpoint).lower(), checkpoint)
-        if checkpoint is False and (last := last_checkpoint(config.output_dir)):
+
+
+def _resume(trainer: "VWLmmSFTTrainer") -> tuple[bool, str | bool | None]:
+    """Whether the training is finished already; if not, the checkpoint that it goes on from, if there is one."""
+    from ..trainer.checkpoints import is_finished, last_checkpoint, own_checkpoint
+
+    folder, asked_for = trainer.args.output_dir, trainer.args.resume_from_checkpoint
+    if asked_for is not None:
+        checkpoint = {"true": True, "false": False}.get(str(asked_for).lower(), asked_for)
+        if checkpoint is False and (last := last_checkpoint(folder)):
             raise ValueError(f"{last} is there: to start anew, remove it or name another output_dir")
+        return False, checkpoint
+    checkpoint = own_checkpoint(folder, trainer.stages)
+    if checkpoint and is_finished(folder, checkpoint):
+        _say(trainer, f"{folder} is finished, there is nothing left to do")
+        return True, None
+    if checkpoint:
+        _say(trainer, f"going on from {checkpoint}")
+    return False, checkpoint
+
+
+def _run(trainer: "VWLmmSFTTrainer", checkpoint: str | bool | None) -> None:
+    from ..trainer.checkpoints import last_checkpoint
+
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
     except KeyboardInterrupt:
-        last = last_checkpoint(config.output_dir)
+        last = last_checkpoint(trainer.args.output_dir)
         raise KeyboardInterrupt(f", the last checkpoint is {last}" if last else ", there is no checkpoint") from None
 
 
-def _say(trainer, message):
+def _say(trainer: "VWLmmSFTTrainer", message: str) -> None:
     if trainer.is_world_process_zero():
         print(f"vwlmm train: {message}", file=sys.stderr)

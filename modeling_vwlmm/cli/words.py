@@ -1,31 +1,49 @@
-"""`vwlmm words`: visual words over images."""
+"""`vwlmm words`: draws visual words over images."""
 
 import argparse
 import json
+import sys
 
 from .shared import load, open_pictures
 
 
-def words(argv):
+SUMMARY = "draw visual words over images"
+EXAMPLE = "vwlmm words runs/quickstart/joint a.png b.png --output words.png"
+BLANK = 0.9  # the share of patches that one word may have without a warning
+
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="vwlmm words",
-        description="Draw the most probable visual word of every patch over the images.",
-        epilog="example: vwlmm words runs/quickstart/joint a.png b.png --output words.png",
+        description="Lay the most probable visual word of every patch over the images.",
+        epilog=f"example: {EXAMPLE}",
     )
     parser.add_argument("model", help="folder or repository")
-    parser.add_argument("images", nargs="+", metavar="image")
+    parser.add_argument("images", nargs="+", metavar="image", help="image files")
     parser.add_argument("--output", help="the picture to write")
     parser.add_argument("--json", action="store_true", help="print the words and probabilities of every patch")
-    parser.add_argument("--top", type=int, default=3, help="words a patch in the JSON")
+    parser.add_argument("--top", type=int, default=3, help="words of a patch in the JSON (default: 3)")
+    parser.add_argument(
+        "--relative",
+        action="store_true",
+        help="the words that say most about a patch: more probable on it than on the average patch of these images",
+    )
     arguments = parser.parse_args(argv)
     if not (arguments.output or arguments.json):
         parser.error("nothing to do: give --output FILE.png, --json or both")
 
-    from ..words import draw_words, top_words
+    from ..words import draw_words, most_frequent_word, top_words
 
     images = open_pictures(arguments.images)
     model, processor = load(arguments.model)
-    found = top_words(model, processor, images, k=arguments.top)
+    found = top_words(model, processor, images, k=arguments.top, relative=arguments.relative)
+    word, share = most_frequent_word(found)
+    if share > BLANK and not arguments.relative:
+        print(
+            f'vwlmm words: "{word}" is the most probable word of {share:.0%} of the patches, so that the picture says '
+            "little: --relative shows what is special about each",
+            file=sys.stderr,
+        )
     if arguments.output:
         draw_words(processor, images, found).save(arguments.output)
     if arguments.json:

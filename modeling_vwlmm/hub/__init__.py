@@ -1,1 +1,1 @@
-"""What leaves the machine: the repository of a model, its card, and the way to the Hub."""
+"""What leaves the machine for the Hub."""

@@ -1,7 +1,8 @@
-"""Loads a model folder in a process of its own, as those who pull it will: `python load_check.py FOLDER OUTPUT`.
+"""Loads a model's folder the way that those who pull it will: `python load_check.py FOLDER OUTPUT`.
 
-With `--bare` as those do who have transformers and torch and nothing else; `--base FOLDER` for an adapter whose base
-model is not where its config says. OUTPUT gets the last logits and the last visual word of a test picture.
+With `--bare` the script hides this package and every other that transformers and torch do not require. With
+`--base FOLDER` it loads an adapter on the base model in that folder, whatever the adapter's config names. Into OUTPUT
+it writes the last logits and the last visual word of a test picture.
 """
 
 import argparse
@@ -11,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 
 
-def hide_all_but(distributions):
-    """Leave nothing to import but these distributions, what they require and the standard library."""
+def hide_all_but(distributions: list[str]) -> None:
+    """Hide every package from import but these distributions, what they require, and the standard library."""
     needed, queue = set(), list(distributions)
     while queue:
         name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
@@ -23,22 +24,25 @@ def hide_all_but(distributions):
         except metadata.PackageNotFoundError:
             continue
         needed.add(name)
-        queue += [re.match(r"[\w.-]+", line)[0] for line in requirements if "extra ==" not in line]
-    for module, owners in metadata.packages_distributions().items():
-        if not needed & {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners}:
-            sys.modules[module] = None  # Python's import refuses such a module, and find_spec finds none
-    sys.modules["modeling_vwlmm"] = None
+        queue += [re.split(r"[^\w.-]", line)[0] for line in requirements if "extra ==" not in line]
+    hidden = {"modeling_vwlmm"} | {
+        module
+        for module, owners in metadata.packages_distributions().items()
+        if not needed & {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners}
+    }
+    # Python refuses to import a module that is None here, and find_spec does not find it
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("output")
     parser.add_argument("--base")
-    parser.add_argument("--bare", nargs="*", metavar="DISTRIBUTION", help="transformers, torch and these alone")
+    parser.add_argument("--bare", nargs="*", metavar="DISTRIBUTION", help="hide all but transformers, torch and these")
     arguments = parser.parse_args()
     here = Path(__file__).resolve().parent
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]  # its modules belong to a package
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]  # Python puts the script's folder there
     if arguments.bare is None:
         sys.path.append(str(here.parent.parent))
         import modeling_vwlmm  # noqa: F401

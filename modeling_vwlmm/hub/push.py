@@ -74,12 +74,12 @@ def check_repository(
 ) -> tuple[str, ModelInfo | None]:
     """Refuse a repository that a model cannot be pushed to.
 
-    Returns:
-        `tuple[str, ModelInfo | None]`: its full name and what is in it, None if it does not exist.
-
     Args:
         config ([`VWLmmConfig`], *optional*): of the model; None for an adapter.
         base_model (`str`, *optional*): the adapter's base model.
+
+    Returns:
+        `tuple[str, ModelInfo | None]`: its full name and what is in it, None if it does not exist.
 
     Raises:
         ValueError: the name is not valid, there is another model in it, or it is public though `private` is asked for.
@@ -249,7 +249,7 @@ def push(
         prepared = prepare(model, Path(scratch), repo_id, base_model, card_text, token)
         with explain_hub_errors(repo_id, token):
             prepared.card.validate()
-            if prepared.base is not None:
+            if prepared.base is not None and base_model_id is not None:
                 _check_base(api, base_model_id, prepared.base)
             if info is None:
                 api.create_repo(repo_id, private=private)

@@ -1,4 +1,4 @@
-"""A model's repository, staged beside its folder: what belongs there, nothing that is private, and that it loads."""
+"""Makes the repository of a model in a folder of its own."""
 
 import os
 import shutil
@@ -22,14 +22,14 @@ from . import load_check
 from .redaction import holds_token, without_home, without_paths, without_secrets
 
 
-LARGEST_FILE = 5 * 10**9  # bytes; an upload that broke off goes on with the file where it did
+LARGEST_FILE = 5 * 10**9  # bytes; an upload that breaks off has to send the file that it was at again
 AUTO_MAP = {
     "AutoConfig": "configuration_vwlmm.VWLmmConfig",
     "AutoModel": "modeling_vwlmm.VWLmmModel",
     "AutoModelForCausalLM": "modeling_vwlmm.VWLmmForCausalLM",
     "AutoModelForImageTextToText": "modeling_vwlmm.VWLmmForCausalLM",
 }
-# Of a folder, beside its weights. Logs are written by whoever trains, and may say where
+# What goes into a repository beside the weights. Configs and logs are rewritten, for they may name places
 CONFIGS = ["*config.json", "special_tokens_map.json", "added_tokens.json"]
 LOGS = ["training_run.json", "trainer_state.json", "*_results.json"]
 VERBATIM = [
@@ -44,7 +44,7 @@ def _find(folder: Path, patterns: list[str]) -> list[Path]:
 
 
 class ModelFolder(NamedTuple):
-    """A model's folder, and its config; or an adapter's folder, and the name of the model that it was trained on."""
+    """What `read_folder` found: a model with its config, or an adapter with the name of its base model."""
 
     folder: Path
     config: VWLmmConfig | None
@@ -83,12 +83,13 @@ def read_folder(folder: str | os.PathLike) -> ModelFolder:
 
 
 def fill_repository(folder: Path, into: Path, base_model: str | None = None) -> None:
-    """Fill a new folder with what belongs into a repository; weights are links to those of the old one.
+    """Fill a new folder with what belongs into the repository of a model. The weights become links to the model's.
 
-    Logs keep their paths, by which the card finds those of earlier stages.
+    The logs keep their paths at first, because the card finds the folders of earlier stages by them. `make_harmless`
+    shortens them.
 
     Args:
-        base_model (`str`, *optional*): what an adapter is to name as its base model.
+        base_model (`str`, *optional*): the name that an adapter's config gets for its base model.
     """
     into.mkdir(exist_ok=True)
     if (folder / ADAPTER_CONFIG_NAME).is_file():
@@ -114,7 +115,7 @@ def fill_repository(folder: Path, into: Path, base_model: str | None = None) -> 
             content["base_model_name_or_path"] = base_model
         write_json(into / file.name, content)
     for file in _find(folder, LOGS):
-        read_json(file)  # or says that it is none
+        read_json(file)  # refuses what is not JSON
         (into / file.name).write_text(without_secrets(file.read_text(encoding="utf-8")), encoding="utf-8")
     for file in _find(folder, VERBATIM):
         (into / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,15 @@ def _link(file: Path, into: Path) -> None:
 
 
 def make_harmless(staged: Path, name: str | os.PathLike, token: str | None) -> None:
-    """Shorten the paths in the logs and the card of a staged folder; `ValueError` if a file holds a token."""
+    """Shorten the paths in the logs and the card of a staged folder.
+
+    Args:
+        name (`str` or `os.PathLike`): what the error message calls the folder.
+        token (`str`, *optional*): the token that the push is made with.
+
+    Raises:
+        ValueError: a file holds a token.
+    """
     for file in _find(staged, LOGS):
         write_json(file, without_paths(read_json(file), is_log=True))
     card = staged / "README.md"
@@ -140,7 +149,7 @@ def make_harmless(staged: Path, name: str | os.PathLike, token: str | None) -> N
 
 
 def check_loads(staged: Path, name: str | os.PathLike, base: Path | None = None) -> None:
-    """Load a staged folder on the CPU in fresh processes, with this package and with transformers and torch alone.
+    """Load a staged folder on the CPU in two new processes, one with this package and one without it.
 
     Args:
         name (`str` or `os.PathLike`): what error messages call the folder.
@@ -153,10 +162,11 @@ def check_loads(staged: Path, name: str | os.PathLike, base: Path | None = None)
     with tempfile.TemporaryDirectory() as scratch:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         output = os.path.join(scratch, "output")
+        on_base = [] if base is None else ["--base", str(base)]
         bare = ["--bare", "pillow", *([] if base is None else ["peft"])]
         for how, switches in tqdm([("", []), (" without this package", bare)], desc="Loading", disable=None):
             run = subprocess.run(
-                [sys.executable, load_check.__file__, staged, output, *(["--base", base] if base else []), *switches],
+                [sys.executable, load_check.__file__, str(staged), output, *on_base, *switches],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,

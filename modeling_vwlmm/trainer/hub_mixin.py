@@ -1,10 +1,14 @@
-"""What a trainer pushes to the Hub, and when."""
+"""Pushes a model to the Hub while it is trained."""
 
+import functools
 import tempfile
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import is_peft_model
-from huggingface_hub import run_as_future
+from huggingface_hub import CommitInfo, run_as_future
+from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress, logging
 
@@ -15,17 +19,19 @@ from ..hub.repository import fill_repository
 logger = logging.get_logger(__name__)
 
 
-class HubMixin:
-    """Lets a [`~transformers.Trainer`] push through [`~modeling_vwlmm.hub.push`], during training and after it.
+class HubMixin(Trainer):
+    """Makes a [`~transformers.Trainer`] push through [`~modeling_vwlmm.hub.push`], during training and after it.
 
-    Pushes during training run in the background, of a checkpoint as it was written; one that fails is a warning.
+    A push during training sends a copy of a checkpoint, in the background. If it fails, that is logged as a warning.
     """
 
-    def init_hf_repo(self, token=None, private=None, base_model=None):
-        """See that the repository can be pushed to; the first push makes it, when the model has been seen to load.
+    def init_hf_repo(
+        self, token: str | None = None, private: bool | None = None, base_model: str | None = None
+    ) -> None:
+        """Check that the repository can be pushed to. The first push makes it, after the model was seen to load.
 
         Raises:
-            ValueError: there is another model, or what is asked for would upload what does not belong there.
+            ValueError: there is another model in it, or the arguments would upload what does not belong there.
             OSError: there is no token that may write, or no connection.
         """
         if not self.is_world_process_zero():
@@ -52,23 +58,23 @@ class HubMixin:
             revision=self.args.hub_revision,
             token=token or self.args.hub_token,
         )
-        self.push_in_progress = None
+        self.push_in_progress: PushInProgress | None = None
 
     def push_to_hub(
         self,
-        commit_message="End of training",
-        blocking=True,
-        token=None,
-        revision=None,
-        private=None,
-        base_model=None,
-        **kwargs,
-    ):
-        """As [`~transformers.Trainer.push_to_hub`], through [`~modeling_vwlmm.hub.push`].
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        base_model: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Push the model, in place of [`~transformers.Trainer.push_to_hub`].
 
         Args:
             base_model (`str`, *optional*): the repository of an adapter's base model, if it was trained on a folder.
-            kwargs: taken and not used; the card is made from the run's own records.
+            kwargs: ignored. transformers fills its card with them; ours is made from the run's records.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token or self.args.hub_token
@@ -80,29 +86,32 @@ class HubMixin:
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
-        arguments = {
-            "base_model": base_model,
-            "private": private,
-            "revision": revision or self.args.hub_revision,
-            "commit_message": commit_message,
-            "token": token,
-        }
-        if blocking:
-            return push(self.args.output_dir, self.hub_model_id, **arguments)
-        return run_as_future(push, self.args.output_dir, self.hub_model_id, **arguments)
+        push_model = functools.partial(
+            push,
+            self.args.output_dir,
+            self.hub_model_id,
+            base_model=base_model,
+            private=private,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            token=token,
+        )
+        return push_model() if blocking else run_as_future(push_model)
 
-    def _push_from_checkpoint(self, checkpoint_folder):
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
+        running = self.push_in_progress
+        if running is not None and running.is_done():
+            running = None
+        if running is not None and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.args.save_strategy == SaveStrategy.EPOCH:
             when = f"epoch {int(self.state.epoch)}"
         else:
             when = f"step {self.state.global_step}"
-        # The checkpoint may be deleted before it is sent
+        # transformers may delete the checkpoint before it is sent
         scratch = tempfile.TemporaryDirectory(prefix=".push-", dir=self.args.output_dir)
         copy = Path(scratch.name) / Path(checkpoint_folder).name
         try:
@@ -111,12 +120,12 @@ class HubMixin:
             logger.warning(f"{copy.name} was not pushed: {error}")
             return
         job = run_as_future(self._push_copy, scratch, copy, f"Training in progress, {when}")
-        if busy:
-            self.push_in_progress.jobs.append(job)
+        if running is not None:
+            running.jobs.append(job)
         else:
             self.push_in_progress = PushInProgress([job])
 
-    def _push_copy(self, scratch, copy, commit_message):
+    def _push_copy(self, scratch: tempfile.TemporaryDirectory, copy: Path, commit_message: str) -> None:
         with scratch:
             try:
                 push(

@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 from modeling_vwlmm.cli import main as vwlmm  # noqa: E402
 from modeling_vwlmm.data import easy_vqa, open_images  # noqa: E402
-from modeling_vwlmm.hub.card import EXAMPLES  # noqa: E402
+from modeling_vwlmm.hub.card_pictures import EXAMPLES  # noqa: E402
 from modeling_vwlmm.hub.push import prepare  # noqa: E402
 from modeling_vwlmm.hub.repository import read_folder  # noqa: E402
 

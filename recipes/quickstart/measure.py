@@ -13,7 +13,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from modeling_vwlmm.data import easy_vqa, open_images
-from modeling_vwlmm.hub.card import EVAL_RESULTS_NAME, LIMITS_TASK
+from modeling_vwlmm.hub.card import LIMITS_TASK
+from modeling_vwlmm.hub.card_facts import EVAL_RESULTS_NAME
 from modeling_vwlmm.words import seen_image, top_words
 
 

@@ -43,11 +43,12 @@ def test_bad_calls_are_one_line_and_status_2(tmp_path, capsys, model_folder):
     assert 'expected a model of type "vwlmm", got one of type "llama"' in message
 
 
-def test_help_has_an_example():
-    for verb in ("train", "generate", "words"):
-        printed = subprocess.run(
-            [sys.executable, "-m", "modeling_vwlmm", verb, "--help"], capture_output=True, text=True, cwd=ROOT
-        )
-        assert printed.returncode == 0 and "example: vwlmm" in printed.stdout
+def test_help_has_an_example(capsys):
+    for name, verb in VERBS.items():
+        with pytest.raises(SystemExit) as exit_of:
+            main([name, "--help"])
+        assert exit_of.value.code == 0 and verb.EXAMPLE.startswith(f"vwlmm {name} ")
+        assert f"example: {verb.EXAMPLE}" in " ".join(capsys.readouterr().out.split())
     printed = subprocess.run([sys.executable, "-m", "modeling_vwlmm"], capture_output=True, text=True, cwd=ROOT)
     assert printed.returncode == 2 and "usage: vwlmm" in printed.stderr
+    assert all(verb.SUMMARY in printed.stderr and verb.EXAMPLE in printed.stderr for verb in VERBS.values())

@@ -1,6 +1,7 @@
 """`vwlmm train`, the recipes it runs."""
 
 import json
+import os
 import re
 
 import pytest
@@ -57,6 +58,16 @@ def test_a_recipe_can_evaluate_and_names_are_not_guessed(tmp_path, capsys, model
     logs = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert any("eval_vw_loss" in log for log in logs)
     assert "learning_rat" in error_of(capsys, "train", "--config", recipe, *CPU, "--learning_rat", "1")
+
+
+def test_a_recipe_can_set_the_environment(tmp_path, monkeypatch, capsys, model_folder, data):
+    monkeypatch.setenv("VWLMM_TEST", "before")
+    recipe = recipe_of(tmp_path, model_folder, data, env={"VWLMM_TEST": 7})
+    main(["train", f"--config={recipe}", *CPU])
+    assert os.environ["VWLMM_TEST"] == "7"
+    assert "env" not in json.loads((tmp_path / "out" / "training_run.json").read_text())[0]["recipe"]
+    recipe = recipe_of(tmp_path, model_folder, data, env=["VWLMM_TEST"])
+    assert "recipe.yaml: env is ['VWLMM_TEST'], expected" in error_of(capsys, "train", "--config", recipe, *CPU)
 
 
 def test_errors_of_workers_are_one_line(tmp_path, capsys, model_folder, data):

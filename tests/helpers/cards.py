@@ -13,6 +13,7 @@ RUN = [
     {"stage": "convert", "base_model": ["someone/llm", "someone/tower"], "recipe": {"output_dir": "runs/start"}},
     {
         "stage": "align",
+        "trainable": ["projector"],
         "base_model": "runs/start",
         "dataset": "someone/captions",
         "recipe": {
