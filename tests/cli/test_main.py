@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import ROOT
 from helpers.command_line import error_of
 from helpers.conversations import picture
+from modeling_vwlmm.cli import main
+from modeling_vwlmm.cli.main import VERBS
 
 
 def test_bad_calls_are_one_line_and_status_2(tmp_path, capsys, model_folder):
