@@ -67,7 +67,8 @@ def readable(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     text = tokenizer.decode([token_id])
     if text.strip():
         return text.strip()
-    return "".join(SIGNS.get(character, "␣") for character in text) or tokenizer.convert_ids_to_tokens(token_id)
+    signs = "".join(SIGNS.get(character, "␣") for character in text)
+    return signs or str(tokenizer.convert_ids_to_tokens(token_id))
 
 
 def most_frequent_word(words: Words) -> tuple[str, float]:

@@ -142,11 +142,14 @@ def _resume(trainer: "VWLmmSFTTrainer") -> tuple[bool, str | bool | None]:
 
 def _run(trainer: "VWLmmSFTTrainer", checkpoint: str | bool | None) -> None:
     from ..trainer.checkpoints import last_checkpoint
+    from ..trainer.summary import summary_of
 
     try:
+        _say(trainer, "\n" + summary_of(trainer))
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
+        trainer.create_model_card()
     except KeyboardInterrupt:
         last = last_checkpoint(trainer.args.output_dir)
         raise KeyboardInterrupt(f", the last checkpoint is {last}" if last else ", there is no checkpoint") from None

@@ -37,12 +37,13 @@ CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 
 @dataclass
 class Checkpoint:
-    """All that a folder of a model is made of, before it is written."""
+    """All that a folder of a model is made of, before it is written; `stages_before` are those it has been through."""
 
     config: PreTrainedConfig
     tensors: dict[str, StoredTensor]
     processor: LlavaProcessor | None
     generation_config: GenerationConfig
+    stages_before: tuple[str, ...] = ()
 
     def save(
         self, destination: str | os.PathLike, dtype: torch.dtype | None, made_of: list[str] | None = None
@@ -63,8 +64,8 @@ class Checkpoint:
                 self.processor.save_pretrained(folder)
             self.config.save_pretrained(folder)
             if made_of is not None:
-                recipe = {"output_dir": os.fspath(destination)}
-                write_training_run(folder, [{"stage": "convert", "base_model": made_of, "recipe": recipe}])
+                record = {"stage": "convert", "base_model": made_of, "stages_before": list(self.stages_before)}
+                write_training_run(folder, [{**record, "recipe": {"output_dir": os.fspath(destination)}}])
 
 
 def open_checkpoint(source: str | os.PathLike) -> tuple[Path, dict[str, Any]]:

@@ -48,7 +48,7 @@ def from_llava(folder: Path, vm_head: str, seed: int) -> Checkpoint:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = int(config.vision_feature_select_strategy == "default")
     add_new_parts(tensors, config, vm_head, seed)
-    return Checkpoint(config, tensors, processor, read_generation_config(folder))
+    return Checkpoint(config, tensors, processor, read_generation_config(folder), ("align", "instruct"))
 
 
 def convert_to_llava(

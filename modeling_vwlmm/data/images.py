@@ -48,12 +48,11 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _open_image(image: dict | PIL.Image.Image, example: dict) -> PIL.Image.Image:
-    in_memory = isinstance(image, PIL.Image.Image)
     try:
         with warnings.catch_warnings():
             # Twice as many pixels are an error already
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            if in_memory:
+            if isinstance(image, PIL.Image.Image):
                 return to_rgb(image)
             source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
             with PIL.Image.open(source) as opened:

@@ -36,7 +36,12 @@ _TOGETHER = {
 }
 
 
-def write_card(folder: str | os.PathLike, repo_id: str | None = None, card_text: str | None = None) -> ModelCard:
+def write_card(
+    folder: str | os.PathLike,
+    repo_id: str | None = None,
+    card_text: str | None = None,
+    model: VWLmmForCausalLM | None = None,
+) -> ModelCard:
     """Write the card of a model and its pictures into the model's folder, from the records there.
 
     The records are its config, `training_run.json`, `trainer_state.json`, `eval_results.json` (a list of objects with
@@ -49,6 +54,7 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, card_text:
         card_text (`str`, *optional*): a card, such as the one in the repository. Its metadata and the text around the
             part that was written here are kept. Where it is not given, the card in the folder is taken, unless
             transformers, TRL or PEFT wrote it.
+        model: the model in the folder, with its adapter. It is loaded if not given.
 
     Raises:
         ValueError: a record or the metadata of a card cannot be read.
@@ -72,10 +78,8 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, card_text:
             kept.pop(other, None)
     metadata = {**kept, **found, "tags": [*found["tags"], *listed(kept.get("tags"))]}
 
-    if is_adapter:
-        model = _load_adapter(folder, bases)
-    else:
-        model = VWLmmForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if model is None:
+        model = _load_adapter(folder, bases) if is_adapter else _load_model(folder)
     (folder / "assets").mkdir(exist_ok=True)
     template = resources.files("modeling_vwlmm.hub_card").joinpath("modelcard_template.md")
     card = ModelCard.from_template(
@@ -99,6 +103,10 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, card_text:
     return card
 
 
+def _load_model(folder: Path) -> VWLmmForCausalLM:
+    return VWLmmForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def _load_adapter(folder: Path, bases: list[list[str]]) -> VWLmmForCausalLM | None:
     """The adapter on its base model; None if that is not at hand."""
     names = list(itertools.chain(*bases[:2]))
@@ -109,7 +117,7 @@ def _load_adapter(folder: Path, bases: list[list[str]]) -> VWLmmForCausalLM | No
         model = VWLmmForCausalLM.from_pretrained(name, dtype=torch.float32)
     except OSError:
         return None
-    model.load_adapter(folder)
+    model.load_adapter(str(folder))
     return model.eval()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 from transformers import AutoProcessor
 
+from ..data.images import open_images
 from ..files import read_json, read_json_object
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..words import draw_words, top_words
@@ -15,6 +16,7 @@ from .card_facts import listed
 
 
 EXAMPLES, WORDS_PICTURE = "examples", "assets/visual_words.png"
+EXAMPLE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 LOSSES, LOSSES_PICTURE = "assets/losses.json", "assets/losses.png"
 _LOSSES = ["loss", "lm_loss", "vw_loss"]
 
@@ -73,8 +75,11 @@ def draw_visual_words(model: VWLmmForCausalLM, folder: Path) -> str | None:
         `str`, *optional*: the name of the picture; None if the patches are no grid.
     """
     processor = AutoProcessor.from_pretrained(folder)
-    images = [Image.open(path).convert("RGB") for path in sorted((folder / EXAMPLES).glob("*.png"))] or [_shapes()]
-    words = top_words(model, processor, images, k=1)
+    paths = sorted(path for suffix in EXAMPLE_SUFFIXES for path in (folder / EXAMPLES).glob(f"*{suffix}"))
+    images = open_images({"images": [{"path": str(path), "bytes": None} for path in paths]}) or [_shapes()]
+    training = model.training
+    words = top_words(model.eval(), processor, images, k=1)
+    model.train(training)
     try:
         picture = draw_words(processor, images, words)
     except ValueError:  # patches that are no grid

@@ -35,6 +35,7 @@ _ANY_WEIGHTS = re.compile(r"[^/]*\.(safetensors|bin|gguf|pt|pth|ckpt|h5|msgpack|
 @contextlib.contextmanager
 def explain_hub_errors(repo_id: str, token: str | None) -> Iterator[None]:
     """Raise what goes wrong on the way to the Hub as an `OSError` of one line without the token."""
+    cause: Exception
     try:
         try:
             yield

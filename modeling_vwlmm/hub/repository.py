@@ -19,6 +19,7 @@ from ..files import read_json, read_json_object, write_json
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..weights import read_weights, write_weights
 from . import load_check
+from .card_pictures import EXAMPLE_SUFFIXES
 from .redaction import holds_token, without_home, without_paths, without_secrets
 
 
@@ -35,7 +36,14 @@ LOGS = ["training_run.json", "trainer_state.json", "*_results.json"]
 VERBATIM = [
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
-    *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "examples/*.png", "assets/losses.json"),
+    *(
+        "README.md",
+        "LICENSE*",
+        "NOTICE*",
+        "USE_POLICY*",
+        *(f"examples/*{suffix}" for suffix in EXAMPLE_SUFFIXES),
+        "assets/losses.json",
+    ),
 ]
 
 

@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from ..data.collator import VWLmmDataCollator
 from ..data.load import columns_of, number_samples
+from ..hub.card import write_card
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..stages import trained_parts
 from ..training_run import describe_run, fingerprint, read_training_run, write_training_run
@@ -75,7 +76,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         peft_config, name = kwargs.pop("peft_config", None), None
         if isinstance(model, str):
             name, model = model, load_model(model, args, peft_config, kwargs.pop("quantization_config", None))
-        base_model = model.get_base_model() if is_peft_model(model) else model
+        base_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         if not isinstance(base_model, VWLmmForCausalLM):
             raise TypeError(f"model must be a VWLmmForCausalLM, got a {type(base_model).__name__}")
         name = name or base_model.config.name_or_path
@@ -116,11 +117,12 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        self._eval_sums = defaultdict(float)
+        self._eval_sums: dict[str, float] = defaultdict(float)
         self._skipped_samples = {"train": 0, "eval": 0}
         self.scores_text = not trains_only_the_vm_head(base_model)
         run_record = {"recipe": args.given_fields, **(run_record or {})}
-        peft_config = self.model.active_peft_config if is_peft_model(model) else peft_config
+        if is_peft_model(model):
+            peft_config = model.active_peft_config
         run = describe_run(
             name, base_model.config, args, trained_parts(base_model), peft_config, base_fingerprint, **run_record
         )
@@ -144,6 +146,19 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             write_training_run(output_dir or self.args.output_dir, self.stages)
+
+    def create_model_card(self, *args, **kwargs):
+        """Write the card of the run into its folder, see [`write_card`], unless it is a checkpoint that is saved.
+
+        TRL would write its own, which knows nothing of the stages. A model that is sharded is loaded anew for it.
+        """
+        if self._is_saving or not self.is_world_process_zero():
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            write_card(self.args.output_dir)
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        write_card(self.args.output_dir, model=model.get_base_model() if is_peft_model(model) else model)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         if self._numbers_samples and not isinstance(eval_dataset, str):

@@ -1,7 +1,7 @@
 """What is said before the first step of a training."""
 
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
@@ -40,7 +40,8 @@ def doubts_about(args: VWLmmSFTConfig, base_model: str, stages: list[dict], has_
 
 def summary_of(trainer: "VWLmmSFTTrainer") -> str:
     """What is about to run: device, model, what trains and on what; a line each."""
-    args, model = trainer.args, trainer.model
+    args = trainer.args
+    model: Any = trainer.model
     config = model.config
     base_model = model.get_base_model() if is_peft_model(model) else model
     dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(base_model.dtype).removeprefix("torch.")
