@@ -9,7 +9,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..configuration_vwlmm import VWLmmConfig
 from ..modeling_vwlmm import VWLmmForCausalLM
-from ..stages import STAGES, train_only, trained_parts
+from ..stages import STAGES, missing_stage, train_only, trained_parts
 from .lora import for_language_model, parts_alone, skip_small_parts
 from .sft_config import VWLmmSFTConfig
 
@@ -92,3 +92,26 @@ def set_stage(
 def trains_only_the_vm_head(model: VWLmmForCausalLM) -> bool:
     """Whether the VM head alone trains, so that the LLM needs no graph: not where it reads pseudo image features."""
     return trained_parts(model) == ["vm_head"] and not model.config.pseudo_image_features
+
+
+def doubts_about(args: VWLmmSFTConfig, base_model: str, stages: list[dict], has_adapter: bool) -> list[str]:
+    """What a recipe probably does not mean, a sentence each.
+
+    Args:
+        args: of the trainer.
+        base_model: the name of the model that it starts from.
+        stages: the record of the model and, last, of this run, see [`describe_run`].
+        has_adapter: whether the model trains through an adapter, which says what trains.
+    """
+    *before, run = stages
+    doubts = []
+    if args.stage is None and args.trainable is None and not has_adapter:
+        trained = ", ".join(run["trainable"])
+        doubts.append(f"neither stage nor trainable is given, so that all of these train: {trained}")
+    if missing := missing_stage(args.stage, before):
+        done = ", ".join(str(record.get("stage")) for record in before)
+        doubts.append(
+            f'stage "{args.stage}" comes after "{missing}", which {base_model} has not been through: its record has '
+            f"{done}"
+        )
+    return doubts

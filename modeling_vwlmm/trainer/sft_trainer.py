@@ -25,9 +25,8 @@ from .checkpoints import WholeCheckpoints
 from .fused_head import add_visual_word_loss
 from .hub_mixin import HubMixin
 from .lora import keep_precision
-from .model import load_model, set_stage, trains_only_the_vm_head
+from .model import doubts_about, load_model, set_stage, trains_only_the_vm_head
 from .sft_config import VWLmmSFTConfig
-from .summary import doubts_about
 
 
 logger = logging.get_logger(__name__)

@@ -1,44 +1,17 @@
 """What is said before the first step of a training."""
 
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 
-from ..stages import PARTS, missing_stage
+from ..stages import PARTS
 from ..training_run import device_name
-from .sft_config import VWLmmSFTConfig
+from .sft_trainer import VWLmmSFTTrainer
 
 
-if TYPE_CHECKING:
-    from .sft_trainer import VWLmmSFTTrainer
-
-
-def doubts_about(args: VWLmmSFTConfig, base_model: str, stages: list[dict], has_adapter: bool) -> list[str]:
-    """What a recipe probably does not mean, a sentence each.
-
-    Args:
-        args: of the trainer.
-        base_model: the name of the model that it starts from.
-        stages: the record of the model and, last, of this run, see [`describe_run`].
-        has_adapter: whether the model trains through an adapter, which says what trains.
-    """
-    *before, run = stages
-    doubts = []
-    if args.stage is None and args.trainable is None and not has_adapter:
-        trained = ", ".join(run["trainable"])
-        doubts.append(f"neither stage nor trainable is given, so that all of these train: {trained}")
-    if missing := missing_stage(args.stage, before):
-        done = ", ".join(str(record.get("stage")) for record in before)
-        doubts.append(
-            f'stage "{args.stage}" comes after "{missing}", which {base_model} has not been through: its record has '
-            f"{done}"
-        )
-    return doubts
-
-
-def summary_of(trainer: "VWLmmSFTTrainer") -> str:
+def summary_of(trainer: VWLmmSFTTrainer) -> str:
     """What is about to run: device, model, what trains and on what; a line each."""
     args = trainer.args
     model: Any = trainer.model
@@ -68,11 +41,15 @@ def summary_of(trainer: "VWLmmSFTTrainer") -> str:
     )
 
 
-def _data(trainer):
+def _data(trainer: VWLmmSFTTrainer) -> str:
     args, dataset = trainer.args, trainer.train_dataset
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if isinstance(dataset, IterableDataset) or trainer.data_collator is None:
+    if isinstance(dataset, IterableDataset):
         return f"a stream, {a_step} samples a step"
-    batch = trainer.data_collator([dict(row) for row in islice(dataset, args.per_device_train_batch_size)])
+    samples = f"{len(dataset):,} samples, {a_step} a step"
+    try:
+        batch = trainer.data_collator([dict(row) for row in islice(dataset, args.per_device_train_batch_size)])
+    except ValueError:  # training will raise it where it meets this sample
+        return samples
     tokens = batch["attention_mask"].sum().item() * a_step // len(batch["attention_mask"])
-    return f"{len(dataset):,} samples, {a_step} a step, about {tokens:,} tokens a step"
+    return f"{samples}, about {tokens:,} tokens a step"

@@ -74,9 +74,15 @@ def test_what_a_model_was_made_of_is_recorded(tmp_path, llm_folder):
     CLIPVisionModel(tower_config()).save_pretrained(tower)
     CLIPImageProcessorPil().save_pretrained(tower)
     main(["convert", "--language-model", llm, "--vision-tower", tower, str(tmp_path / "combined")])
-    for name, made_of in (("published", [str(tmp_path / "source")]), ("combined", [llm, tower])):
-        recipe = {"output_dir": str(tmp_path / name)}
-        assert read_training_run(tmp_path / name) == [{"stage": "convert", "base_model": made_of, "recipe": recipe}]
+    write_llava(tmp_path / "llava-hf")
+    main(["convert", str(tmp_path / "llava-hf"), str(tmp_path / "llava")])
+    for name, made_of, stages in (
+        ("published", [str(tmp_path / "source")], ["align", "instruct", "visual_words", "joint"]),
+        ("llava", [str(tmp_path / "llava-hf")], ["align", "instruct"]),
+        ("combined", [llm, tower], []),
+    ):
+        record = {"stage": "convert", "base_model": made_of, "stages_before": stages}
+        assert read_training_run(tmp_path / name) == [{**record, "recipe": {"output_dir": str(tmp_path / name)}}]
 
 
 @pytest.fixture

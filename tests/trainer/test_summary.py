@@ -6,7 +6,8 @@ from helpers.conversations import conversations, tiny_processor
 from helpers.tiny import tiny_model
 from helpers.training import sft_config, trainer_of
 from modeling_vwlmm.trainer import VWLmmSFTTrainer
-from modeling_vwlmm.trainer.summary import doubts_about, summary_of
+from modeling_vwlmm.trainer.model import doubts_about
+from modeling_vwlmm.trainer.summary import summary_of
 from modeling_vwlmm.training_run import write_training_run
 
 
