@@ -42,7 +42,8 @@ def summary_of(trainer: VWLmmSFTTrainer) -> str:
 
 
 def _data(trainer: VWLmmSFTTrainer) -> str:
-    args, dataset = trainer.args, trainer.train_dataset
+    args = trainer.args
+    dataset: Any = trainer.train_dataset
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if isinstance(dataset, IterableDataset):
         return f"a stream, {a_step} samples a step"
