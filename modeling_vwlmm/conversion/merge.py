@@ -3,6 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -10,7 +11,7 @@ from transformers import AutoProcessor
 
 from ..files import new_folder
 from ..modeling_vwlmm import VWLmmForCausalLM
-from ..training_run import read_training_run, write_training_run
+from ..training_run import TRAINED_WITH, fingerprint, read_training_run, write_training_run
 
 
 def merge(adapter: str | os.PathLike, destination: str | os.PathLike, dtype: str | torch.dtype = "auto") -> None:
@@ -25,6 +26,25 @@ def merge(adapter: str | os.PathLike, destination: str | os.PathLike, dtype: str
     Raises:
         ValueError: the adapter does not fit its base, or adding it changes nothing.
     """
+    model = merged_model(adapter, dtype=dtype)
+    has_processor = (Path(adapter) / "processor_config.json").is_file()
+    processor = AutoProcessor.from_pretrained(adapter if has_processor else model.config.name_or_path)
+    with new_folder(destination) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_training_run(folder, read_training_run(adapter))
+
+
+def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
+    """An adapter and its base model as one model, in memory.
+
+    Args:
+        adapter: folder or repository.
+        kwargs: for `from_pretrained` of the base model.
+
+    Raises:
+        ValueError: the adapter does not fit its base, or adding it changes nothing.
+    """
     try:
         name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
     except (ValueError, TypeError, KeyError) as error:
@@ -32,34 +52,32 @@ def merge(adapter: str | os.PathLike, destination: str | os.PathLike, dtype: str
             f"{adapter} is no adapter: expected a folder or repository with adapter_config.json"
         ) from error
     try:
-        base = VWLmmForCausalLM.from_pretrained(name, dtype=dtype)
+        base = VWLmmForCausalLM.from_pretrained(name, **kwargs)
     except OSError as error:
         raise FileNotFoundError(f"{name}, the base model of {adapter}, cannot be loaded: {error}") from error
     if base.config.to_dict().get("quantization_config"):
         raise ValueError(f"{name}, the base model of {adapter}, is quantized: name what it was made of in its config")
-    before = _fingerprints(base)
+    run = (read_training_run(adapter) or [{}])[-1]
+    if run.get("base_fingerprint") not in (None, fingerprint(base)):
+        raise ValueError(f"{name} has changed since {adapter} was trained on it")
+    before = _digests(base)
     try:
         model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
     except (KeyError, RuntimeError) as error:  # a tensor is missing or has another shape
         raise ValueError(f"{adapter} does not fit {name}, its base model: {error}") from error
-    if _fingerprints(model) == before:
+    if _digests(model) == before:
         raise ValueError(
             f"merging {adapter} into {name} changes nothing: its weights are zero, or too small for {model.dtype}"
         )
-    has_processor = (Path(adapter) / "processor_config.json").is_file()
-    processor = AutoProcessor.from_pretrained(adapter if has_processor else name)
-    stages = read_training_run(adapter)
-    for name, value in (stages[-1].get("config", {}) if stages else {}).items():
-        setattr(model.config, name, value)
-    with new_folder(destination) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_training_run(folder, stages)
+    for field in TRAINED_WITH:
+        if field in run.get("config", {}):
+            setattr(model.config, field, run["config"][field])
+    return model
 
 
-def _fingerprints(model: torch.nn.Module) -> dict[str, bytes]:
+def _digests(model: torch.nn.Module) -> dict[str, bytes]:
     weights = model.state_dict().items()
     return {name: hashlib.blake2b(weight.reshape(-1).view(torch.uint8).numpy()).digest() for name, weight in weights}
 
 
-__all__ = ["merge"]
+__all__ = ["merge", "merged_model"]

@@ -5,9 +5,11 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
 from transformers.modeling_utils import set_zero3_state
+from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path
 
 from ..configuration_vwlmm import VWLmmConfig
+from ..conversion.merge import merged_model
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..stages import STAGES, missing_stage, train_only, trained_parts
 from .lora import for_language_model, parts_alone, skip_small_parts
@@ -19,10 +21,11 @@ def load_model(
 ) -> VWLmmForCausalLM:
     """The model of that name, loaded as TRL would, which looks for classes in transformers alone.
 
-    `args.model_init_kwargs` are used and removed.
+    An adapter becomes one model with its base. `args.model_init_kwargs` are used and removed.
 
     Raises:
-        ValueError: it is an adapter, or an adapter of it could not say whether it reads pseudo image features.
+        ValueError: an adapter of an adapter is asked for, or one that could not say whether its model reads pseudo
+            image features.
     """
     model_init_kwargs = dict(args.model_init_kwargs or {})
     args.model_init_kwargs = None
@@ -33,13 +36,17 @@ def load_model(
     if args.deepspeed_plugin is not None:
         with set_zero3_state():  # its modules have no weights to run: the shape is found here and remembered
             VWLmmConfig.from_pretrained(name).image_feature_shape()
+    if find_adapter_config_file(name) is not None:
+        if peft_config is not None or args.save_only_trained or args.deepspeed_plugin is not None:
+            raise ValueError(
+                f"{name} is an adapter: to train what it makes of its base model, vwlmm merge {name} NEW_FOLDER"
+            )
+        model = merged_model(name, **{"dtype": "float32", **model_init_kwargs})
+        model.config.name_or_path = name
+        return model
     model = create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
     if args.deepspeed_plugin is not None:
         model._weight_conversions = []  # loaded under ZeRO-3, it would be saved with stock LLaVA's names
-    if model._hf_peft_config_loaded:
-        raise ValueError(
-            f"{name} is an adapter: to train what it makes of its base model, vwlmm merge {name} NEW_FOLDER"
-        )
     own = VWLmmConfig.from_pretrained(name).pseudo_image_features
     if peft_config is not None and model.config.pseudo_image_features != own:
         raise ValueError(

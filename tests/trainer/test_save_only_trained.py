@@ -9,6 +9,7 @@ from helpers.conversations import conversations, tiny_processor
 from helpers.tiny import tiny_model
 from helpers.training import batch_of, sft_config
 from modeling_vwlmm import VWLmmForCausalLM
+from modeling_vwlmm.conversion.merge import merge
 from modeling_vwlmm.trainer import VWLmmSFTTrainer
 
 
@@ -69,3 +70,27 @@ def test_the_record_tells_a_changed_base(tmp_path, base):
 def test_an_llm_that_trains_is_refused(tmp_path, base, settings):
     with pytest.raises(ValueError, match="save_only_trained is for stages that do not train the LLM"):
         run(base, tmp_path / "out", save_only_trained=True, **settings)
+
+
+def test_the_next_stage_starts_from_them_as_from_one_model(tmp_path, base):
+    settings = {"stage": "align", "save_strategy": "no"}
+    run(base, tmp_path / "whole", **settings)
+    run(base, tmp_path / "alone", save_only_trained=True, **settings)
+    for name in ("whole", "alone"):
+        trainer = run(str(tmp_path / name), tmp_path / f"after_{name}", stage="instruct", save_strategy="no")
+        assert [record["stage"] for record in trainer.stages] == ["align", "instruct"]
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("after_alone", "after_whole"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    with pytest.raises(ValueError, match="alone is an adapter: .* vwlmm merge"):
+        run(str(tmp_path / "alone"), tmp_path / "twice", stage="visual_words", save_only_trained=True)
+
+
+def test_a_base_that_has_changed_is_refused(tmp_path, base):
+    run(base, tmp_path / "alone", stage="align", save_only_trained=True, save_strategy="no")
+    model = VWLmmForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    model.save_pretrained(base)
+    with pytest.raises(ValueError, match="base has changed since .*alone was trained on it"):
+        merge(tmp_path / "alone", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
