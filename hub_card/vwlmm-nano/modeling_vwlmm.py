@@ -238,7 +238,8 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
             if image_features is not None:
                 lmm_features = image_features
                 if self.config.pseudo_image_features:
-                    lmm_features = self.pseudo_image_features(image_features)
+                    # Under autocast they come out of a matrix product, in 16 bits
+                    lmm_features = self.pseudo_image_features(image_features).to(inputs_embeds.dtype)
                 inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), lmm_features)
 
         outputs = super().forward(
