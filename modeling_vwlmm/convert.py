@@ -150,13 +150,16 @@ def convert_to_llava(source, destination, dtype=None):
     )
 
 
-def combine(language_model, vision_tower, destination, vm_head="random", seed=0, dtype=None):
+def combine(language_model, vision_tower, destination, vm_head="random", seed=0, dtype=None, vision_feature_layer=-2):
     """Make a VW-LMM model, for stage 1 to start from, of an LLM and a vision tower that never met.
 
     Args:
         language_model (`str`): folder or repository of any LLM of transformers, or a GGUF file.
         vision_tower (`str`): folder or repository of a vision model, alone or in a CLIP or SigLIP.
         destination, vm_head, seed, dtype: as for [`convert`].
+        vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -2):
+            Which hidden states of the tower become patches. As in LLaVA the last but one layer if not given, which
+            is meant for CLIP; several are put side by side.
     """
     where, options = language_model, {}
     if str(language_model).endswith(".gguf"):
@@ -167,12 +170,16 @@ def combine(language_model, vision_tower, destination, vm_head="random", seed=0,
         tokenizer.chat_template = read_chat_template("vicuna_v1")
     vision_config, pixels = _read_vision_tower(vision_tower)
     text_config = llm.config.get_text_config()
+    if "gguf_file" in options:
+        # Its weights have been dequantized: a config that says otherwise makes a model that cannot train
+        vars(text_config).pop("quantization_config", None)
     config = VWLmmConfig(
         vision_config,
         text_config,
         image_token_index=tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer)),
         visual_vocab_size=min(len(tokenizer), text_config.vocab_size),
-        vision_feature_select_strategy=_select_strategy(vision_config, text_config),
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=_select_strategy(vision_config, text_config, vision_feature_layer),
         tie_word_embeddings=llm.config.tie_word_embeddings,
     )
     tensors = {
@@ -325,7 +332,8 @@ def _add_new_parts(tensors, config, vm_head, seed):
         lm_head = tensors.get("lm_head.weight", embeddings)
         tensors["model.vm_head.weight"] = StoredTensor(
             lm_head.meta[: config.visual_vocab_size],
-            lambda: lm_head.read()[: config.visual_vocab_size],
+            # A copy: safetensors refuses tensors that share their memory
+            lambda: lm_head.read()[: config.visual_vocab_size].clone(),
             lm_head.source,
         )
 
@@ -381,9 +389,14 @@ def _read_vision_tower(vision_tower):
     return config, pixels
 
 
-def _select_strategy(vision_config, text_config):
+def _select_strategy(vision_config, text_config, vision_feature_layer):
     """ "full" for a tower whose tokens are its patches, "default" for one with a CLS token before them."""
-    config = VWLmmConfig(vision_config, text_config, vision_feature_select_strategy="full")
+    config = VWLmmConfig(
+        vision_config,
+        text_config,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy="full",
+    )
     patch_size = getattr(vision_config, "patch_size", None)
     if not isinstance(patch_size, int):  # a feature map, which has no such token
         return "full"

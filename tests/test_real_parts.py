@@ -33,6 +33,31 @@ def llm(tmp_path):
     return tmp_path / "llm"
 
 
+def test_an_llm_of_a_gguf_file_can_train(tmp_path, monkeypatch, tower, llm):
+    """Its weights are no longer quantized, whatever its config says: transformers trains no quantized model."""
+    load = AutoModelForCausalLM.from_pretrained
+
+    def load_gguf(folder, gguf_file, **kwargs):
+        model = load(llm, **kwargs)
+        model.config.quantization_config = {"quant_method": "gguf"}
+        return model
+
+    monkeypatch.setattr(conversion.AutoModelForCausalLM, "from_pretrained", load_gguf)
+    read = conversion.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(conversion.AutoTokenizer, "from_pretrained", lambda folder, gguf_file: read(llm))
+    vwlmm(["convert", "--language-model", "llm.gguf", "--vision-tower", str(tower), str(tmp_path / "ours")])
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert "quantization_config" not in config and "quantization_config" not in config["text_config"]
+
+
+def test_a_vm_head_can_be_a_copy_of_a_tied_head(tmp_path, tower, llm):
+    arguments = ["--language-model", str(llm), "--vision-tower", str(tower), "--vm-head", "lm_head"]
+    vwlmm(["convert", *arguments, str(tmp_path / "ours")])
+    model = VWLmmForCausalLM.from_pretrained(tmp_path / "ours")
+    assert model.config.tie_word_embeddings
+    assert torch.equal(model.model.vm_head.weight, model.lm_head.weight[: model.config.visual_vocab_size])
+
+
 @pytest.mark.parametrize("layers, read", [([], -2), ([-1], -1), ([-2, -1], [-2, -1])])
 def test_which_layers_of_the_tower_are_read(tmp_path, tower, llm, layers, read):
     arguments = ["--language-model", str(llm), "--vision-tower", str(tower)]
