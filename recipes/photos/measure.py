@@ -115,9 +115,8 @@ def measure_answers(model, processor, photos, batch_size=32):
     right, answers, said = defaultdict(list), defaultdict(Counter), []
     for start in range(0, len(asked), batch_size):
         images, questions, expected = zip(*asked[start : start + batch_size], strict=True)
-        for question, wanted, found in zip(
-            questions, expected, answer(model, processor, list(images), questions), strict=True
-        ):
+        answered = answer(model, processor, list(images), questions)
+        for question, wanted, found in zip(questions, expected, answered, strict=True):
             right[question].append(found == wanted.strip().rstrip(".").lower())
             answers[question][wanted] += 1
             said.append((question, wanted, found))

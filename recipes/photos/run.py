@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -102,7 +103,9 @@ def main():
     images = prepare(arguments)
     started = time.perf_counter()
     train(images, arguments)
-    print(f"\ntraining took {(time.perf_counter() - started) / 60:.1f} minutes on {os.cpu_count()} cores")
+    minutes, memory = (time.perf_counter() - started) / 60, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    cores = len(os.sched_getaffinity(0))
+    print(f"\ntraining took {minutes:.1f} minutes on {cores} core(s) and {memory / 2**20:.1f} GiB of memory")
     for model in ("joint", "pseudo_image_features"):
         print(f"\n== {model} ==", flush=True)
         run(RECIPES / "measure.py", RUNS / model, "--images", images, "--save")
