@@ -12,7 +12,7 @@ from PIL import Image
 from read import words_of
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from modeling_vwlmm.card import EVAL_RESULTS_NAME
+from modeling_vwlmm.card import EVAL_RESULTS_NAME, EXAMPLES, LIMITS_TASK
 from modeling_vwlmm.data import load_conversations, open_images
 from modeling_vwlmm.words import draw_words
 
@@ -191,33 +191,40 @@ def main(argv=None):
     processor = AutoProcessor.from_pretrained(arguments.model)
     photos = read_held_out(arguments.held_out, arguments.images)
     answers, said = measure_answers(model, processor, photos)
-    words = measure_words(model, processor, photos)
-    results = []
-
-    def show(name, values, control="", task="image-feature-extraction"):
-        values = np.asarray(values, dtype=float)
-        mean, low, high = interval(values) if values.ndim else (float(values),) * 3
-        print(f"{name:75}{mean:8.3f}" + (f" [{low:.3f}, {high:.3f}]" if values.ndim else "") + control, flush=True)
-        results.append(
-            {
-                "task_type": task,
-                "dataset_type": "photos",
-                "dataset_name": Path(arguments.held_out).stem,
-                "metric_type": re.sub(r"\W+", "_", name).strip("_"),
-                "metric_name": name,
-                "metric_value": round(mean, 4),
-                **({"metric_args": {"95 % interval": [round(low, 4), round(high, 4)]}} if values.ndim else {}),
-            }
-        )
-
+    lines, results = [], []
     for question, (values, majority) in answers.items():
-        control = f", majority {majority:.3f}, {len(values)} photos"
-        show(f"right answers: {question}", values, control, "visual-question-answering")
-    for name, values in words.items():
-        print(name, values) if isinstance(values, dict) else show(name, values)
+        lines.append(("visual-question-answering", f"right answers: {question}", values, {"majority": majority}))
+    for name, values in measure_words(model, processor, photos).items():
+        lines.append((LIMITS_TASK, name, values, {}))
+    for task, name, values, control in lines:
+        if isinstance(values, dict):
+            print(name, values)
+            continue
+        columns = {"held out": values}
+        if np.ndim(values):
+            columns = dict(zip(("held out", "95 % from", "to"), interval(values), strict=True))
+        columns |= control
+        shown = " ".join(f"{column} {value:.3f}" for column, value in columns.items())
+        print(f"{name:75} {shown} ({np.size(values)})", flush=True)
+        for column, value in columns.items():
+            results.append(
+                {
+                    "task_type": task,
+                    "dataset_type": "photos",
+                    "dataset_name": "photos",
+                    "dataset_split": column,
+                    "metric_type": re.sub(r"\W+", "_", name).strip("_"),
+                    "metric_name": name,
+                    "metric_value": round(float(value), 4),
+                }
+            )
     if arguments.save:
         first = [found for question, _, found in said if question == photos[0]["asked"][0][0]]
         (Path(arguments.model) / EVAL_RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        examples = Path(arguments.model) / EXAMPLES
+        examples.mkdir(exist_ok=True)
+        for i, photo in enumerate(photos[:: -(-len(photos) // 8)]):
+            photo["image"].save(examples / f"{i}.png")
         for name, relative in (("visual_words", False), ("relative_words", True)):
             draw(model, processor, photos, first, Path(arguments.model) / f"{name}.png", relative)
 

@@ -131,6 +131,7 @@ def main(argv=None):
         ),
         given={"dataset": ", ".join(names)},
     )
+    trainer.stages[-1]["stage"] = "read"
     trainer.train()
     start_projector(model, processor.tokenizer, dataset, trainer.data_collator.background)
     trainer.save_model()

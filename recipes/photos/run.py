@@ -14,6 +14,8 @@ import yaml
 from parts import find_llm, find_stamps, find_tower
 from transformers import AutoProcessor
 
+from modeling_vwlmm.card import write_card
+
 
 RECIPES, RUNS = Path("recipes/photos"), Path("runs/photos")
 STAGES = {
@@ -33,6 +35,22 @@ ENVIRONMENT = {
     "PYTHONPATH": os.getcwd(),
 }
 
+# What stands in a card beside what is recorded
+CARD = """---
+language: en
+---
+
+# {title}
+
+A VW-LMM of 0.2 billion weights, made by `make photos` of [SmolLM2-135M-Instruct](https://arxiv.org/abs/2502.02737)
+and an EfficientNet-Lite0 (both Apache-2.0), and trained for minutes on a CPU: a demonstration of visual words, which
+knows little. {data}
+"""
+STAMPS = (
+    "It saw 453 photos and drawings of single objects, the stamps of [Tux Paint](https://tuxpaint.org) (GPL-2). It is "
+    "measured on photos of objects that are not among them, whose names it therefore cannot know."
+)
+
 
 def run(*command):
     """A process a step, so that each starts with the memory that the one before it used."""
@@ -40,11 +58,12 @@ def run(*command):
 
 
 def split_own(data, folder, share=8, seed=0):
-    """The reader's own conversations as training and held-out data: of every eighth image all of them are held out."""
+    """Own conversations as training and held-out data: every eighth image is held out, but 200 at most."""
     read = json.loads if data.endswith(".json") else lambda text: [json.loads(line) for line in text.splitlines()]
-    records = [record for record in read(Path(data).read_text(encoding="utf-8")) if record.get("image")]
+    records = read(Path(data).read_text(encoding="utf-8"))
+    records = [record for record in records if isinstance(record.get("image"), str)]
     images = sorted({record["image"] for record in records})
-    held_out = set(random.Random(seed).sample(images, max(1, len(images) // share)))
+    held_out = set(random.Random(seed).sample(images, min(200, max(1, len(images) // share))))
     files = {"captions": [], "conversations": [], "held_out": []}
     for record in records:
         for name in ["held_out"] if record["image"] in held_out else ["captions", "conversations"]:
@@ -109,6 +128,9 @@ def main():
     for model in ("joint", "pseudo_image_features"):
         print(f"\n== {model} ==", flush=True)
         run(RECIPES / "measure.py", RUNS / model, "--images", images, "--save")
+        text = CARD.format(title=f"vwlmm-photos-{model}", data="" if arguments.data else STAMPS)
+        write_card(RUNS / model, card_text=text)
+        print(f"its pictures and card: {RUNS / model}/visual_words.png, relative_words.png, README.md")
 
 
 if __name__ == "__main__":
