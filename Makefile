@@ -7,7 +7,12 @@ TORCH ?= torch==2.13.0
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: quickstart nano nano-refresh bench test quality style
+# Of make photos: conversations of one's own and the folder of their images, and how many times the steps
+DATA ?=
+IMAGES ?=
+TIMES ?= 1
+
+.PHONY: quickstart photos nano nano-refresh bench test quality style
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +24,9 @@ $(VENV)/installed: setup.py
 
 quickstart: $(VENV)/installed
 	$(BIN)/python recipes/quickstart/run.py
+
+photos: $(VENV)/installed
+	$(BIN)/python recipes/photos/run.py --times $(TIMES) $(if $(DATA),--data $(DATA) --images $(IMAGES))
 
 nano: $(VENV)/installed
 	$(BIN)/python recipes/nano/make.py

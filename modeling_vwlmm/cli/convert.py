@@ -34,6 +34,14 @@ def main(argv: list[str]) -> None:
         choices=["random", "lm_head"],
         help="how a new VM head starts: at random (the default), or as a copy of the LLM's own head",
     )
+    parser.add_argument(
+        "--vision-feature-layer",
+        type=int,
+        action="append",
+        metavar="N",
+        help="which layer of a new model's tower becomes patches: -1 the last, -2 the one before it (the default); "
+        "given several times, layers are put side by side",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights that start at random (default: 0)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     arguments = parser.parse_intermixed_args(argv)
@@ -42,6 +50,8 @@ def main(argv: list[str]) -> None:
         parser.error("expected SRC DST, or --language-model X --vision-tower Y DST")
     if (is_new and arguments.variant) or (arguments.to == "llava" and (is_new or arguments.vision_tower)):
         parser.error("--variant is for published checkpoints; --to llava takes SRC DST alone")
+    if arguments.vision_feature_layer and not is_new:
+        parser.error("--vision-feature-layer is for a new model: the config of a checkpoint says which it reads")
 
     import torch
 
@@ -52,6 +62,8 @@ def main(argv: list[str]) -> None:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     start = {"vm_head": arguments.vm_head or "random", "seed": arguments.seed, "dtype": dtype}
     if is_new:
+        if layers := arguments.vision_feature_layer:
+            start["vision_feature_layer"] = layers[0] if len(layers) == 1 else layers
         combine(arguments.language_model, arguments.vision_tower, arguments.destination, **start)
     elif arguments.to == "llava":
         convert_to_llava(arguments.source, arguments.destination, dtype=dtype)

@@ -58,6 +58,7 @@ class Checkpoint:
         with new_folder(destination) as folder:
             write_weights(folder, self.tensors, dtype)
             dtypes = {tensor.meta.dtype for name, tensor in self.tensors.items() if "language_model" in name}
+            self.config.architectures = self.config.architectures or [VWLmmForCausalLM.__name__]
             self.config.dtype = dtype or max(dtypes, key=lambda dtype: dtype.itemsize)
             self.generation_config.save_pretrained(folder)
             if self.processor is not None:
@@ -126,7 +127,8 @@ def add_new_parts(tensors: dict[str, StoredTensor], config: VWLmmConfig, vm_head
         lm_head = tensors.get("lm_head.weight", embeddings)
         tensors["model.vm_head.weight"] = StoredTensor(
             lm_head.meta[: config.visual_vocab_size],
-            lambda: lm_head.read()[: config.visual_vocab_size],
+            # A copy: safetensors refuses tensors that share their memory
+            lambda: lm_head.read()[: config.visual_vocab_size].clone(),
             lm_head.source,
         )
 

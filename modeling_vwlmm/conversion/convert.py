@@ -75,6 +75,7 @@ def combine(
     vm_head: str = "random",
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    vision_feature_layer: int | list[int] = -2,
 ) -> None:
     """Make a VW-LMM model for stage 1 to start from, of an LLM and a vision tower that were never trained together.
 
@@ -82,6 +83,8 @@ def combine(
         language_model: folder or repository of any LLM of transformers, or a GGUF file.
         vision_tower: folder or repository of a vision model, which may be part of a CLIP or SigLIP.
         destination, vm_head, seed, dtype: as for [`convert`].
+        vision_feature_layer: which hidden states of the tower become patches; several are put side by side. LLaVA
+            reads the last but one of CLIP.
     """
     where, options = language_model, {}
     if str(language_model).endswith(".gguf"):
@@ -92,12 +95,16 @@ def combine(
         tokenizer.chat_template = read_chat_template("vicuna_v1")
     vision_config, pixels = read_vision_tower(vision_tower)
     text_config = llm.config.get_text_config()
+    if "gguf_file" in options:
+        # transformers has dequantized the weights, but would train no model whose config says otherwise
+        vars(text_config).pop("quantization_config", None)
     config = VWLmmConfig(
         vision_config=vision_config,
         text_config=text_config,
         image_token_index=tokenizer.get_vocab().get(IMAGE_MARKER, len(tokenizer)),
         visual_vocab_size=min(len(tokenizer), text_config.vocab_size),
-        vision_feature_select_strategy=_select_strategy(vision_config, text_config),
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=_select_strategy(vision_config, text_config, vision_feature_layer),
         tie_word_embeddings=llm.config.tie_word_embeddings,
     )
     tensors = {
@@ -112,9 +119,16 @@ def combine(
     Checkpoint(config, tensors, processor, llm.generation_config).save(destination, dtype, made_of)
 
 
-def _select_strategy(vision_config: PreTrainedConfig, text_config: PreTrainedConfig) -> Literal["default", "full"]:
+def _select_strategy(
+    vision_config: PreTrainedConfig, text_config: PreTrainedConfig, vision_feature_layer: int | list[int]
+) -> Literal["default", "full"]:
     """ "full" for a tower whose tokens are its patches, "default" for one with a CLS token before them."""
-    config = VWLmmConfig(vision_config=vision_config, text_config=text_config, vision_feature_select_strategy="full")
+    config = VWLmmConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy="full",
+    )
     # A feature map, which is not cut into squares, has no CLS token
     return "full" if config.squares() in (None, config.image_seq_length) else "default"
 

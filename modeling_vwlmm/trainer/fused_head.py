@@ -25,6 +25,7 @@ def add_visual_word_loss(model: VWLmmForCausalLM) -> None:
     TRL's patch runs the backbone and keeps only the log-probabilities of the labels. The visual-word loss needs the
     same run of the backbone, and is computed inside the model's forward, where DDP and FSDP have its weights ready.
     TRL's head then reads only the hidden states that predict a label, and so skips image positions, which are most.
+    Without Triton, as on a CPU, it would score every position.
     """
     fused_forward = model.forward
 
@@ -35,8 +36,8 @@ def add_visual_word_loss(model: VWLmmForCausalLM) -> None:
             self.lm_head.unshard()
             # Pseudo image features read the embeddings' weight after their call, so FSDP must leave it whole
             self.get_input_embeddings().set_reshard_after_forward(not self.config.pseudo_image_features)
-        if not fused_lm_head or not self.config.visual_word_loss_weight:
-            return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        if not fused_lm_head:
+            return fused_forward(*args, labels=labels, **kwargs)
         backbone_outputs = []
         shifted = labels[:, 1:]
         is_label = shifted != -100
@@ -52,7 +53,7 @@ def add_visual_word_loss(model: VWLmmForCausalLM) -> None:
             outputs = fused_forward(*args, fused_lm_head=True, shift_labels=shifted[is_label].unsqueeze(0), **kwargs)
         finally:
             hook.remove()
-        if backbone_outputs[0].image_hidden_states is None:
+        if backbone_outputs[0].image_hidden_states is None or not self.config.visual_word_loss_weight:
             return outputs
         with maybe_gather_lm_head_ctx(self.lm_head.weight, self.model.vm_head.weight):
             vw_loss_sum, vw_positions = self.visual_word_loss(backbone_outputs[0], kwargs.get("attention_mask"))

@@ -1,11 +1,15 @@
 """Both losses from one run of the backbone, without full-length logits."""
 
 import pytest
+import torch
 import trl
+from trl.trainer import utils as trl_utils
+from trl.trainer.utils import add_fused_lm_head
 
-from helpers.tiny import tiny_model
+from helpers.tiny import tiny_batch, tiny_model
 from helpers.training import assert_same, batch_of, first_gradients, trainer_of
 from modeling_vwlmm import modeling_vwlmm
+from modeling_vwlmm.trainer.fused_head import add_visual_word_loss
 from modeling_vwlmm.visual_word_loss import visual_word_loss
 
 
@@ -82,3 +86,22 @@ def test_vm_head_training_runs_the_lmm_without_a_graph(tmp_path):
     )
     assert first_gradients(trainer).keys() == {"model.vm_head.weight"}
     assert needed_graph == [False]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_text_loss_takes_the_head_of_labelled_positions_alone(monkeypatch, weight):
+    """Also where the visual-word loss is off, as in stages 1 and 2: TRL scores every position on a CPU."""
+    model, rows = tiny_model(visual_word_loss_weight=weight), []
+    add_fused_lm_head(model, outputs=("log_probs",))
+    add_visual_word_loss(model)
+    apply = trl_utils._ChunkedLogProbFunction.apply
+
+    def counting_apply(hidden_states, *args):
+        rows.append(len(hidden_states))
+        return apply(hidden_states, *args)
+
+    monkeypatch.setattr(trl_utils._ChunkedLogProbFunction, "apply", counting_apply)
+    batch = tiny_batch(model.config)
+    found = model(**batch, fused_lm_head=True)
+    assert rows == [(batch["labels"][:, 1:] != -100).sum()]
+    torch.testing.assert_close(-found.log_probs[found.label_mask].mean(), model(**batch).lm_loss)

