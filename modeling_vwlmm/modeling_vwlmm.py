@@ -154,10 +154,10 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         return outputs
 
     def pseudo_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
-        """f'_j = sum_v w_j[v] E[v], in the span of the LLM's input embeddings E; (..., d) to (..., d)."""
+        """f'_j = sum_v w_j[v] E[v], E the LLM's input embeddings; (..., d) to (..., d), whose dtype autocast keeps."""
         visual_words = self.visual_words(image_features).to(image_features.dtype)
         embeddings: Any = self.get_input_embeddings()
-        return visual_words @ embeddings.weight[: self.config.visual_vocab_size]
+        return (visual_words @ embeddings.weight[: self.config.visual_vocab_size]).to(image_features.dtype)
 
     def visual_words(self, image_features: torch.Tensor) -> torch.Tensor:
         """w_j = softmax(W_vm f_j), in float32; (..., d) to (..., V)."""
@@ -221,8 +221,8 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
                 self._check_placeholders(image_mask, image_features)
             if image_features is not None:
                 is_pseudo = self.config.pseudo_image_features
-                lmm_features = self.pseudo_image_features(image_features) if is_pseudo else image_features
-                inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), lmm_features)
+                read = self.pseudo_image_features(image_features) if is_pseudo else image_features
+                inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), read)
 
         outputs = super().forward(inputs_embeds=inputs_embeds, **{**kwargs, "return_dict": True})
         return VWLmmModelOutputWithPast(**{**outputs, "image_hidden_states": image_features, "image_mask": image_mask})

@@ -12,8 +12,10 @@ from PIL import Image
 from read import words_of
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from modeling_vwlmm.card import EVAL_RESULTS_NAME, EXAMPLES, LIMITS_TASK
 from modeling_vwlmm.data import load_conversations, open_images
+from modeling_vwlmm.hub.card import LIMITS_TASK
+from modeling_vwlmm.hub.card_facts import EVAL_RESULTS_NAME
+from modeling_vwlmm.hub.card_pictures import EXAMPLES
 from modeling_vwlmm.words import draw_words
 
 

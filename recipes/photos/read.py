@@ -15,8 +15,8 @@ from datasets import concatenate_datasets
 from transformers import AutoProcessor
 from trl import TrlParser
 
-from modeling_vwlmm.collator import VWLmmDataCollator
 from modeling_vwlmm.data import load_conversations
+from modeling_vwlmm.data.collator import VWLmmDataCollator
 from modeling_vwlmm.modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.trainer import VWLmmSFTConfig, VWLmmSFTTrainer
 
@@ -129,7 +129,7 @@ def main(argv=None):
             side=round(model.config.image_seq_length**0.5),
             seed=config.seed,
         ),
-        given={"dataset": ", ".join(names)},
+        run_record={"dataset": ", ".join(names)},
     )
     trainer.stages[-1]["stage"] = "read"
     trainer.train()

@@ -14,7 +14,7 @@ import yaml
 from parts import find_llm, find_stamps, find_tower
 from transformers import AutoProcessor
 
-from modeling_vwlmm.card import write_card
+from modeling_vwlmm.hub.card import write_card
 
 
 RECIPES, RUNS = Path("recipes/photos"), Path("runs/photos")
