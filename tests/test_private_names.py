@@ -13,12 +13,12 @@ from helpers.source import FILES, PACKAGE, TREES, imports_of
 # A name, with a parameter in parentheses, and what for. Add a line where `test_all_of_them_are_listed` asks for it
 NAMES = {
     # torch
-    "torch._C._autograd._get_current_graph_task_keep_graph": "a kept gradient is overwritten only if the graph is freed",
+    "torch._C._autograd._get_current_graph_task_keep_graph": "gradients are overwritten only if the graph is freed",
     # transformers: models
     "transformers.PreTrainedModel._init_weights": "new projectors and VM heads start as a model's own layers do",
     "transformers.PreTrainedModel._no_split_modules": "FSDP wraps these layers, of which CLIP names some it has not",
     "transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected": "a model without a head loads one that has it",
-    "transformers.core_model_loading._weight_conversions": "under ZeRO-3 weights would be saved under LLaVA's old names",
+    "transformers.core_model_loading._weight_conversions": "under ZeRO-3, weights would be saved under old names",
     "transformers.activations.ACT2FN": "the projector's activation, by its name in the config",
     "transformers.image_processing_utils.BaseImageProcessor": "tells a processor of images from one of text",
     "transformers.image_utils.OPENAI_CLIP_MEAN": "the mean colour of published checkpoints",
@@ -78,8 +78,8 @@ NAMES = {
     "trl.data_utils.apply_chat_template": "prompts with completions are rendered as TRL does",
     "trl.data_utils.is_conversational": "tells conversations from text",
     "trl.data_utils.prepare_multimodal_messages": "images take their places in messages",
-    "trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling": "our collator, but for labels and what is too long",
-    "trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling._collate_language_modeling": "of messages it is ours",
+    "trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling": "our collator but for labels and long rows",
+    "trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling._collate_language_modeling": "messages are ours",
     "trl.trainer.utils.FusedCausalLMOutput": "our loss goes out beside TRL's",
     "trl.trainer.utils.create_model_from_path": "a model given by its name is loaded as TRL does",
     "trl.trainer.utils.maybe_gather_lm_head_ctx": "under ZeRO-3 the heads are gathered as TRL does",
@@ -150,7 +150,7 @@ def test_all_of_them_are_there():
 
 
 def used_in(module):
-    """Private names that a module reads, sets or gives, and its imports from what is internal to the five libraries."""
+    """Private names that a module reads, sets or gives, and what it imports that is internal to the five libraries."""
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Attribute):
             yield node.attr, is_private(node.attr)
