@@ -2,33 +2,38 @@
 
 import functools
 import json
-import math
-from dataclasses import fields
-from typing import Literal
+import os
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModel, LlavaConfig
 from transformers.utils import logging
 
+from .visual_word_loss import check_loss_fields
+
 
 logger = logging.get_logger(__name__)
 
 
-def select_image_features(hidden_states, vision_feature_layer, vision_feature_select_strategy):
-    """The patch features that the projector reads, from the hidden states of a vision tower.
+def select_image_features(
+    hidden_states: tuple[torch.Tensor, ...],
+    vision_feature_layer: int | list[int],
+    vision_feature_select_strategy: str,
+) -> torch.Tensor:
+    """Select the patch features that the projector reads from the hidden states of a vision tower.
 
     Args:
-        hidden_states (`tuple[torch.Tensor]`):
-            What the tower returns, a layer each: (images, tokens, channels), or a feature map (images, channels,
-            height, width), whose cells become the patches, row by row.
-        vision_feature_layer (`int` or `list[int]`):
-            Which layer is read; several are concatenated along the channels.
-        vision_feature_select_strategy (`str`):
+        hidden_states:
+            One tensor a layer, as the tower returns them: tokens (images, tokens, channels), or a feature map (images,
+            channels, height, width), whose cells become the patches, row by row.
+        vision_feature_layer:
+            The layer that is read. Several layers are concatenated along the channels.
+        vision_feature_select_strategy:
             `"default"` drops the first token (CLS), `"full"` keeps all. A feature map has no such token.
 
     Returns:
-        `torch.Tensor` of shape (images, patches, channels).
+        The features, of shape (images, patches, channels).
     """
     layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
     selected = []
@@ -44,37 +49,38 @@ def select_image_features(hidden_states, vision_feature_layer, vision_feature_se
 
 @strict
 class VWLmmConfig(LlavaConfig):
-    """Configuration of a [`VWLmmForCausalLM`]: that of LLaVA, and what VW-LMM (arXiv 2403.07720) adds.
+    """Configuration of a [`VWLmmForCausalLM`]: LLaVA's fields and those that VW-LMM (arXiv 2403.07720) adds.
 
-    `vision_config` may be any vision model of transformers. It has to name its `image_size`: give it to the
-    constructor of a tower that does not ask for one, as in `ResNetConfig(..., image_size=224)`.
+    `vision_config` may be any vision model of transformers, and must name its `image_size`. Where the model's own
+    config does not ask for a size, pass one to its constructor, as in `ResNetConfig(..., image_size=224)`.
 
     Args:
-        image_seq_length (`int`, *optional*):
-            Placeholders an image takes: the patches that `vision_config`, `vision_feature_layer` and
-            `vision_feature_select_strategy` make of it, counted on the tower itself if not given.
-        image_aspect_ratio (`str`, *optional*, defaults to `"pad"`):
-            `"pad"`: images are padded to a square with the processor's mean colour, as LLaVA-1.5 does. `"crop"`: they
-            are resized to the shortest edge and cropped.
-        visual_word_loss_weight (`float`, *optional*, defaults to 1.0):
-            Lambda, the weight of the visual-word loss. At 0 it is not computed.
-        visual_word_target (`str`, *optional*, defaults to `"visual_words"`):
+        image_seq_length:
+            The number of placeholders, and so of patches, an image takes. If it is not given, the tower itself says
+            how many patches `vision_feature_layer` and `vision_feature_select_strategy` make of an image.
+        image_aspect_ratio:
+            `"pad"` pads images to a square with the processor's mean colour, as LLaVA-1.5 does. `"crop"` resizes them
+            to the shortest edge and crops the rest.
+        visual_word_loss_weight:
+            Lambda, the weight of the visual-word loss. At 0 the loss is not computed.
+        visual_word_target:
             `"visual_words"` for KL(w || p), joint training; `"language_model"` for KL(p || w), VM-head training.
-        detach_visual_words (`bool`, *optional*, defaults to `False`):
+        detach_visual_words:
             Whether joint training stops the gradient through its target, the visual words.
-        visual_vocab_size (`int`, *optional*):
-            V, the entries of the LLM's vocabulary that a visual word is a distribution over: its first V. All that
-            the LLM came with (`text_config.vocab_size`) if not given.
-        pseudo_image_features (`bool`, *optional*, defaults to `False`):
-            Whether the LLM reads sum_v w[v] E[v], visual words times its input embeddings, in place of the features.
+        visual_vocab_size:
+            V: a visual word is a distribution over the first V entries of the LLM's vocabulary. If it is not given, V
+            is the vocabulary that the LLM came with, `text_config.vocab_size`.
+        pseudo_image_features:
+            Whether the LLM reads sum_v w[v] E[v], the visual words times its input embeddings, in place of the
+            features.
 
-    An `image_token_id` beyond the LLM's vocabulary is fine: placeholders are never looked up or predicted, so the
-    embeddings need no row for it and the LLM's logits stay as they were.
+    `image_token_id` may lie beyond the LLM's vocabulary. Placeholders are never looked up or predicted, so the
+    embeddings need no row for them and the LLM's logits stay as they were.
     """
 
     model_type = "vwlmm"
 
-    image_seq_length: int | None = None
+    image_seq_length: int | None = None  # type: ignore[assignment]  # LLaVA fixes 576, here the tower says it
     image_aspect_ratio: Literal["pad", "crop"] = "pad"
     visual_word_loss_weight: float = 1.0
     visual_word_target: Literal["visual_words", "language_model"] = "visual_words"
@@ -82,16 +88,7 @@ class VWLmmConfig(LlavaConfig):
     visual_vocab_size: int | None = None
     pseudo_image_features: bool = False
 
-    def __init__(self, vision_config=None, text_config=None, image_seq_length=None, **kwargs):
-        # The generated one takes keywords only, and the inherited one knows LLaVA's fields alone
-        for field in fields(VWLmmConfig):
-            if not hasattr(LlavaConfig, field.name):
-                setattr(self, field.name, kwargs.pop(field.name, field.default))
-        super().__init__(
-            vision_config=vision_config, text_config=text_config, image_seq_length=image_seq_length, **kwargs
-        )
-
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
         vocab_size = self.text_config.vocab_size
         if self.visual_vocab_size is None:
@@ -100,25 +97,23 @@ class VWLmmConfig(LlavaConfig):
             raise ValueError(
                 f"visual_vocab_size is {self.visual_vocab_size}, but the LLM has a vocabulary of {vocab_size}"
             )
-        if not 0 <= self.visual_word_loss_weight < math.inf:
-            raise ValueError(f"visual_word_loss_weight is {self.visual_word_loss_weight}, expected 0 or more")
+        check_loss_fields(self.visual_word_loss_weight, self.visual_word_target)
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
             if getattr(self.text_config, name, None) not in (None, 1.0):
-                # LLaVA's head, a linear map, would compute other logits than this LLM does
+                # The model's head is a plain linear map, whose logits would not be those of this LLM
                 raise ValueError(f"text_config has {name}: LLMs that scale or cap their logits are not supported")
         if self.image_seq_length is None:
             self.image_seq_length = self.image_feature_shape()[0]
-            patch_size = getattr(self.vision_config, "patch_size", None)
-            if self.vision_feature_select_strategy == "default" and isinstance(patch_size, int):
-                height, width = self.image_size
-                if self.image_seq_length == (height // patch_size) * (width // patch_size) - 1:
-                    logger.warning(
-                        f'vision_feature_select_strategy is "default", which drops the first token of the tower: a '
-                        f'{self.vision_config.model_type} seems to have no CLS token there, but a patch. Use "full".'
-                    )
+            if self.vision_feature_select_strategy == "default" and self.image_seq_length + 1 == self.squares():
+                logger.warning(
+                    f'vision_feature_select_strategy is "default", which drops the first token of the tower: a '
+                    f'{self.vision_config.model_type} seems to have no CLS token there, but a patch. Use "full".'
+                )
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == "llava" or "mm_vision_tower" in config_dict:
             raise ValueError(
@@ -128,7 +123,7 @@ class VWLmmConfig(LlavaConfig):
         return config_dict, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "VWLmmConfig":
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(f'expected a model of type "{cls.model_type}", got one of type "{model_type}"')
@@ -145,11 +140,19 @@ class VWLmmConfig(LlavaConfig):
             )
         return (size, size) if isinstance(size, int) else tuple(size)
 
-    def image_feature_shape(self) -> tuple[int, int]:
-        """Patches an image becomes, and their channels before the projector.
+    def squares(self) -> int | None:
+        """The number of squares of `patch_size` in an image; None for a tower that makes a feature map instead."""
+        patch_size = getattr(self.vision_config, "patch_size", None)
+        if not isinstance(patch_size, int):
+            return None
+        height, width = self.image_size
+        return (height // patch_size) * (width // patch_size)
 
-        Read off the tower, run on the meta device, so that it holds for any architecture: CLS tokens, registers,
-        strides and pooling included.
+    def image_feature_shape(self) -> tuple[int, int]:
+        """The number of patches an image becomes, and of their channels before the projector.
+
+        The tower runs once on the meta device, so the numbers hold for any architecture: they include CLS tokens,
+        registers, strides and pooling.
         """
         vision_config = {name: value for name, value in self.vision_config.to_dict().items() if name != "dtype"}
         layers = self.vision_feature_layer
@@ -161,16 +164,21 @@ class VWLmmConfig(LlavaConfig):
         )
 
 
-# Once a tower: DeepSpeed's ZeRO-3 leaves modules that are made while a model is loaded without their weights
+# Under DeepSpeed's ZeRO-3 a tower that is built while a model loads has no weights and cannot run, so the cache has to
+# know its shape by then
 @functools.lru_cache
-def _image_feature_shape(vision_config, image_size, layers, strategy):
-    vision_config = AutoConfig.for_model(**json.loads(vision_config))
+def _image_feature_shape(
+    vision_config: str, image_size: tuple[int, int], layers: int | tuple[int, ...], strategy: str
+) -> tuple[int, int]:
+    config = AutoConfig.for_model(**json.loads(vision_config))
     with torch.device("meta"):
-        tower = AutoModel.from_config(vision_config)
-        pixel_values = torch.empty(1, getattr(vision_config, "num_channels", 3), *image_size)
+        tower = AutoModel.from_config(config)
+        pixel_values = torch.empty(1, getattr(config, "num_channels", 3), *image_size)
         outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=True, return_dict=True)
-    layers = layers if isinstance(layers, int) else list(layers)
-    return tuple(select_image_features(outputs.hidden_states, layers, strategy).shape[1:])
+    _, patches, channels = select_image_features(
+        outputs.hidden_states, layers if isinstance(layers, int) else list(layers), strategy
+    ).shape
+    return patches, channels
 
 
 __all__ = ["VWLmmConfig"]

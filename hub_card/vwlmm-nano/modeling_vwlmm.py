@@ -1,17 +1,13 @@
 """VW-LMM: a LLaVA model whose VM head names each image patch with a distribution over the LLM's vocabulary."""
 
+import os
 import re
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    Cache,
-    LlavaForConditionalGeneration,
-    LlavaModel,
-    LlavaPreTrainedModel,
-)
+from transformers import AutoModel, Cache, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import (
@@ -19,19 +15,17 @@ from transformers.models.llava.modeling_llava import (
     LlavaModelOutputWithPast,
     LlavaMultiModalProjector,
 )
-from transformers.utils import torch_compilable_check
+from transformers.utils import ModelOutput, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_vwlmm import VWLmmConfig, select_image_features
-from .visual_word_loss import scored_positions, visual_word_loss
+from .visual_word_loss import in_dtype_of, scored_positions, visual_word_loss, weight_and_bias
 
 
 @dataclass
 class VWLmmModelOutputWithPast(LlavaModelOutputWithPast):
-    """LLaVA's output, and
-
-    image_mask (`torch.BoolTensor` of shape (B, T), *optional*): where the patches stand in the sequence.
+    """LLaVA's output with `image_mask` of shape (B, T), which is true where a patch stands in the sequence.
 
     `image_hidden_states` are the projected features f, (images, patches, d), also with pseudo image features.
     """
@@ -41,11 +35,11 @@ class VWLmmModelOutputWithPast(LlavaModelOutputWithPast):
 
 @dataclass
 class VWLmmCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
-    """LLaVA's output, where `loss = lm_loss + config.visual_word_loss_weight * vw_loss`, and
+    """LLaVA's output, where `loss = lm_loss + config.visual_word_loss_weight * vw_loss`.
 
-    lm_loss (`torch.Tensor`, *optional*): cross-entropy of the text labels, mean over the labelled tokens.
-    vw_loss (`torch.Tensor`, *optional*): visual-word loss, mean over the scored image positions, in nats. None where
-        none is scored or its weight is 0.
+    lm_loss: cross-entropy of the text labels, mean over the labelled tokens.
+    vw_loss: visual-word loss, mean over the scored image positions, in nats; None where no position is scored or the
+        weight is 0.
     """
 
     lm_loss: torch.Tensor | None = None
@@ -63,51 +57,44 @@ class VWLmmMultiModalProjector(LlavaMultiModalProjector):
         self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
 
 
-def _as_read_by(linear, features):
-    """Features in the dtype of a layer, which may train in float32 beside others in 16 bits, and without autocast."""
-    dtype = linear.weight.dtype
-    return features.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else features  # not if quantized
-
-
-def _linear_map(head, inputs):
-    """Weight and bias of a head. One that has them in another form is asked for them, at the cost of d + 1 rows."""
-    weight = head.weight
-    # Sharded and quantized weights are of other types; that of a layer with an adapter (PEFT) leaves the adapter out
-    is_plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
-    if is_plain and not hasattr(head, "base_layer"):
-        return weight.to(inputs.device), head.bias
-    size = inputs.shape[-1]
-    rows = head(torch.eye(size + 1, size, dtype=inputs.dtype, device=inputs.device))  # the last one is 0
-    if head.bias is None:
-        return rows[:size].t(), None
-    return (rows[:size] - rows[size]).t(), rows[size]
-
-
-# A weight of the adapter of that name, among those of a PEFT model
+_Model = TypeVar("_Model", bound="VWLmmPreTrainedModel")
+# PEFT names the adapter in the name of each of its weights
 _ADAPTER_WEIGHT = re.compile(r"\.(?:lora_\w+|modules_to_save)\.(\w+)(?:\.|$)")
 
 
-def _refuse(what, problems):
-    problems = [f"{problem}: {', '.join(sorted(keys))}" for problem, keys in problems.items() if keys]
-    if problems:
-        raise ValueError(f"the weights in {what} do not fit: {'; '.join(problems)}")
+def _refuse(what: str | os.PathLike, problems: dict[str, Any]) -> None:
+    found = [f"{problem}: {', '.join(sorted(keys))}" for problem, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"the weights in {what} do not fit: {'; '.join(found)}")
+
+
+def _refuse_other_adapters(model, state_dict, prefix, *args):
+    """Raise a `ValueError` if an adapter that PEFT loads does not fit: PEFT itself warns at most."""
+    adapters = {match[1] for match in map(_ADAPTER_WEIGHT.search, state_dict) if match}
+    if adapters:
+        own = {f"{prefix}{name}" for name in model.state_dict()}
+        expected = {name for name in own if (match := _ADAPTER_WEIGHT.search(name)) and match[1] in adapters}
+        _refuse("the adapter", {"missing": expected - state_dict.keys(), "unexpected": state_dict.keys() - own})
 
 
 class VWLmmPreTrainedModel(LlavaPreTrainedModel):
     config: VWLmmConfig
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(  # type: ignore[override]  # named by transformers, passed on here
+        cls: type[_Model],
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args,
+        output_loading_info: bool = False,
+        **kwargs,
+    ) -> _Model:
         """As in transformers, but weights that are missing, unexpected or of another shape are a `ValueError`."""
-        # Otherwise a tensor of another shape is an error that does not say which checkpoint
+        # transformers' own error for a tensor of another shape does not name the checkpoint, so the one below does
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **kwargs,
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        model, info = loaded
         problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
         if not ignore_mismatched_sizes:
             problems["of another shape than the config says"] = [
@@ -115,9 +102,9 @@ class VWLmmPreTrainedModel(LlavaPreTrainedModel):
                 for name, found, expected in info["mismatched_keys"]
             ]
         _refuse(pretrained_model_name_or_path, problems)
-        return (model, info) if output_loading_info else model
+        return (model, info) if output_loading_info else model  # type: ignore[return-value]  # as in transformers
 
-    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs) -> Any:
         """As in transformers, but adapter weights that are missing or unexpected are a `ValueError`."""
         info = super().load_adapter(peft_model_id, *args, **kwargs)
         _refuse("the adapter", {"missing": info.missing_keys, "unexpected": info.unexpected_keys})
@@ -125,9 +112,9 @@ class VWLmmPreTrainedModel(LlavaPreTrainedModel):
 
 
 class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
-    """LLaVA's vision tower, projector and LLM without its head, and the VM head, a linear map from d to V."""
+    """LLaVA's vision tower, projector and LLM without its head, with the VM head, a linear map from d to V."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # of the checkpoint of a model with a head
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # checkpoints of the model with a head load here too
 
     def __init__(self, config: VWLmmConfig):
         super(LlavaModel, self).__init__(config)
@@ -137,14 +124,14 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         self.vm_head = nn.Linear(config.text_config.hidden_size, config.visual_vocab_size, bias=False)
         self.post_init()
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "VWLmmModel":
         super().train(mode)
-        # Running statistics of a frozen tower (BatchNorm) must not move
+        # In training mode, the running statistics (BatchNorm) of a frozen tower would move
         if not self._tower_trains():
             self.vision_tower.eval()
         return self
 
-    def _tower_trains(self):
+    def _tower_trains(self) -> bool:
         return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
 
     @merge_with_config_defaults
@@ -156,43 +143,43 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         **kwargs,
-    ):
+    ) -> tuple | ModelOutput:
         """The vision tower's output, with the projected features, (images, patches, d), as its `pooler_output`."""
-        # Under activation checkpointing, a frozen tower would build a graph too: its embeddings are told to
+        # Activation checkpointing makes embeddings require a gradient, so even a frozen tower would build a graph
         with torch.set_grad_enabled(torch.is_grad_enabled() and (self._tower_trains() or pixel_values.requires_grad)):
             outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         features = select_image_features(outputs.hidden_states, vision_feature_layer, vision_feature_select_strategy)
-        features = _as_read_by(self.multi_modal_projector.linear_1, features)
+        features = in_dtype_of(self.multi_modal_projector.linear_1, features)
         outputs.pooler_output = self.multi_modal_projector(features)
         return outputs
 
     def pseudo_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
-        """f'_j = sum_v w_j[v] E[v], in the span of the LLM's input embeddings E; (..., d) to (..., d)."""
+        """f'_j = sum_v w_j[v] E[v], E the LLM's input embeddings; (..., d) to (..., d), whose dtype autocast keeps."""
         visual_words = self.visual_words(image_features).to(image_features.dtype)
-        return visual_words @ self.get_input_embeddings().weight[: self.config.visual_vocab_size]
+        embeddings: Any = self.get_input_embeddings()
+        return (visual_words @ embeddings.weight[: self.config.visual_vocab_size]).to(image_features.dtype)
 
     def visual_words(self, image_features: torch.Tensor) -> torch.Tensor:
         """w_j = softmax(W_vm f_j), in float32; (..., d) to (..., V)."""
-        return self.vm_head(_as_read_by(self.vm_head, image_features)).softmax(-1, dtype=torch.float32)
+        return self.vm_head(in_dtype_of(self.vm_head, image_features)).softmax(-1, dtype=torch.float32)
 
-    def _needs_image_graph(self):
+    def _needs_image_graph(self) -> bool:
         """Whether a batch without images must still reach the projector and the VM head, with zero gradients.
 
-        Ranks that work together gather the same weights and have the same graph, and where a frozen LLM trains nothing
-        there is no other graph.
+        Ranks that train together must gather the same weights, so all need the same graph. Where the LLM is frozen, a
+        batch without images would have no graph at all.
         """
         trains_llm = any(parameter.requires_grad for parameter in self.language_model.parameters())
         return torch.distributed.is_initialized() or (self.training and not trains_llm)
 
-    def _no_image_features(self, inputs_embeds):
-        """Features of no image, (0, patches, d), that depend on the vision tower and the projector."""
+    def _no_image_features(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """The features of no image, (0, patches, d), whose graph reaches the vision tower and the projector."""
         channels = getattr(self.config.vision_config, "num_channels", 3)
-        # Attention does not take an empty batch, so one image is read, in eval mode for it to leave no statistics
+        # Attention refuses an empty batch, so the tower reads a blank image, in eval mode to keep its statistics
         training = self.vision_tower.training
         self.vision_tower.eval()
-        features = self.get_image_features(
-            inputs_embeds.new_zeros(1, channels, *self.config.image_size), return_dict=True
-        ).pooler_output[:0]
+        blank = inputs_embeds.new_zeros(1, channels, *self.config.image_size)
+        features = self.get_image_features(blank, return_dict=True).pooler_output[:0]
         self.vision_tower.train(training)
         return features.to(inputs_embeds.device, inputs_embeds.dtype)
 
@@ -201,9 +188,6 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -218,7 +202,7 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         image_mask = image_features = None
         if input_ids is not None:
             image_mask = input_ids == self.config.image_token_id
-            # The placeholder may lie beyond the vocabulary, and its embedding is replaced in any case
+            # A placeholder may lie beyond the vocabulary, and its embedding is replaced in any case
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
             image_outputs = (mm_encoder_outputs or {}).get("image")
             if image_outputs is None and pixel_values is not None:
@@ -232,25 +216,18 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
                 image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             elif input_ids.shape[1] > 1 and self._needs_image_graph():
                 image_features = self._no_image_features(inputs_embeds)
-            # A single token has been generated, so it is no placeholder: nothing to count while decoding
+            # While decoding, the single token is a generated one and no placeholder
             if image_features is not None or input_ids.shape[1] > 1:
                 self._check_placeholders(image_mask, image_features)
             if image_features is not None:
-                lmm_features = image_features
-                if self.config.pseudo_image_features:
-                    lmm_features = self.pseudo_image_features(image_features)
-                inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), lmm_features)
+                is_pseudo = self.config.pseudo_image_features
+                read = self.pseudo_image_features(image_features) if is_pseudo else image_features
+                inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), read)
 
-        outputs = super().forward(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **{**kwargs, "return_dict": True},
-        )
+        outputs = super().forward(inputs_embeds=inputs_embeds, **{**kwargs, "return_dict": True})
         return VWLmmModelOutputWithPast(**{**outputs, "image_hidden_states": image_features, "image_mask": image_mask})
 
-    def _check_placeholders(self, image_mask, image_features):
+    def _check_placeholders(self, image_mask: torch.Tensor, image_features: torch.Tensor | None) -> None:
         found = image_mask.sum()
         images, patches = (0, self.config.image_seq_length) if image_features is None else image_features.shape[:2]
         torch_compilable_check(
@@ -269,42 +246,29 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = VWLmmModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.register_load_state_dict_pre_hook(_refuse_other_adapters)
         self.post_init()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # As PEFT loads adapters: it says nothing of modules_to_save that are missing, and warns of other weights
-        adapters = {match[1] for match in map(_ADAPTER_WEIGHT.search, state_dict) if match}
-        if adapters:
-            own = {f"{prefix}{name}" for name in self.state_dict()}
-            expected = {name for name in own if (match := _ADAPTER_WEIGHT.search(name)) and match[1] in adapters}
-            _refuse("the adapter", {"missing": expected - state_dict.keys(), "unexpected": state_dict.keys() - own})
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def visual_words(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The visual words of images: w_j = softmax(W_vm f_j).
+        """The visual words w_j = softmax(W_vm f_j) of images, from the `pixel_values` that the processor makes.
 
-        Args:
-            pixel_values (`torch.Tensor` of shape (images, channels, height, width)): as the processor makes them.
-
-        Returns:
-            `torch.Tensor` of shape (images, patches, V), probabilities in float32.
+        Maps (images, channels, height, width) to probabilities in float32, (images, patches, V).
         """
         image_features = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
         return self.model.visual_words(image_features)
 
-    def visual_word_loss(self, outputs: VWLmmModelOutputWithPast, attention_mask: torch.Tensor | None = None):
-        """The visual-word loss of a batch, from what its forward pass through `self.model` returned.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: the sum over the scored image positions, in nats, and their number.
-        """
+    def visual_word_loss(
+        self, outputs: VWLmmModelOutputWithPast, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The visual-word loss of a batch, from what its forward pass through `self.model` returned: the sum over the
+        scored image positions, in nats, and their number."""
         positions = scored_positions(outputs.image_mask, attention_mask).to(outputs.last_hidden_state.device)  # (B, T)
         predicted_from = outputs.last_hidden_state[:, :-1][positions[:, 1:]]  # (N, d)
-        # The device is another one in a model that is split across several
+        # A model that is split across devices may have its features on another one
         image_features = outputs.image_hidden_states.flatten(0, 1).to(predicted_from.device)
         image_features = image_features[positions[outputs.image_mask.to(predicted_from.device)]]  # (N, d)
-        lm_head_weight, lm_head_bias = _linear_map(self.lm_head, predicted_from)
-        vm_head_weight, vm_head_bias = _linear_map(self.model.vm_head, image_features)
+        lm_head_weight, lm_head_bias = weight_and_bias(self.lm_head, predicted_from)
+        vm_head_weight, vm_head_bias = weight_and_bias(self.model.vm_head, image_features)
         loss = visual_word_loss(
             predicted_from,
             lm_head_weight,
@@ -328,20 +292,17 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         **kwargs,
     ) -> tuple | VWLmmCausalLMOutputWithPast:
-        """As LLaVA's, and with `labels` the losses.
+        """The forward pass of LLaVA, which returns the losses if there are `labels`.
 
         Args:
-            input_ids (`torch.LongTensor` of shape (B, T)):
-                With `config.image_token_id` once for every patch of every image, in the order of `pixel_values`.
-            pixel_values (`torch.Tensor` of shape (images, channels, height, width), *optional*):
-                The images of all rows; a row may have none, one or several.
-            labels (`torch.LongTensor` of shape (B, T), *optional*):
-                Aligned with `input_ids`, shifted inside; -100 is ignored, and so is every placeholder.
+            input_ids: of shape (B, T), `config.image_token_id` once a patch, images in the order of `pixel_values`.
+            pixel_values: of shape (images, channels, height, width), any number of images a row.
+            labels: of shape (B, T), aligned with `input_ids` and shifted inside. -100 and placeholders are ignored.
 
         Raises:
             ValueError: if the placeholders do not match the images.
@@ -371,7 +332,7 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
                 total, positions = self.visual_word_loss(outputs, attention_mask)
                 mean = total / positions.clamp(min=1)
                 vw_loss = mean if positions > 0 else None
-                # The mean over no positions is 0, but still reaches the VM head
+                # Over no positions the mean is 0, but its graph must still reach the VM head
                 loss = lm_loss + self.config.visual_word_loss_weight * mean
 
         return VWLmmCausalLMOutputWithPast(

@@ -1,27 +1,39 @@
-"""The visual-word loss of VW-LMM (arXiv 2403.07720), whose distributions only ever exist in tiles."""
+"""The visual-word loss of VW-LMM (arXiv 2403.07720), computed a tile of rows at a time."""
 
 import math
+from typing import Any
 
 import torch
+from torch import nn
 
 
-# Rows of a tile, each of which takes 2 V numbers, and 4 V on a GPU: few enough for memory to stay low, and enough for
-# matrix products to be fast. 288 is half of an image of CLIP ViT-L/14 at 336 pixels
+TARGETS = ("visual_words", "language_model")
+# A row of a tile takes 2 V numbers (4 V on a GPU), so its rows must be few, but enough for matrix products to be fast.
+# 288 rows are half an image of CLIP ViT-L/14 at 336 pixels
 CPU_TILE_ROWS = 288
 GPU_TILE_LOGITS = 2**24
-# Of a tile, what a CPU turns into gradients at once, for it to stay in its cache
+# A CPU makes the gradients of a tile in blocks that fit into its cache
 CPU_BLOCK_LOGITS = 2**18
 
 
-def scored_positions(image_mask, attention_mask=None):
+def check_loss_fields(visual_word_loss_weight: float | None = None, visual_word_target: str | None = None) -> None:
+    """Raise a `ValueError` if a field of the loss has a value that it cannot have. None: the field is not given."""
+    if visual_word_target not in (None, *TARGETS):
+        expected = " or ".join(f'"{target}"' for target in TARGETS)
+        raise ValueError(f'visual_word_target is "{visual_word_target}", expected {expected}')
+    if visual_word_loss_weight is not None and not 0 <= visual_word_loss_weight < math.inf:
+        raise ValueError(f"visual_word_loss_weight is {visual_word_loss_weight}, expected 0 or more")
+
+
+def scored_positions(image_mask: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """The image positions t that the visual-word loss scores: those that something precedes.
 
     Args:
-        image_mask (`torch.BoolTensor` of shape (B, T)): where a patch stands.
-        attention_mask (`torch.Tensor` of shape (B, T), *optional*): 0 at padding, on either side.
+        image_mask: of shape (B, T), true where a patch stands.
+        attention_mask: of shape (B, T), 0 at padding, on either side.
 
     Returns:
-        `torch.BoolTensor` of shape (B, T). Position t is predicted from position t - 1.
+        A boolean mask of shape (B, T). Position t is predicted from position t - 1.
     """
     preceded = torch.ones_like(image_mask) if attention_mask is None else attention_mask.bool().clone()
     preceded = preceded.roll(1, dims=1)
@@ -29,61 +41,88 @@ def scored_positions(image_mask, attention_mask=None):
     return image_mask & preceded
 
 
+def in_dtype_of(linear: nn.Linear, features: torch.Tensor) -> torch.Tensor:
+    """Features in the dtype of the layer that reads them: a layer that trains may be in float32 beside 16-bit ones.
+
+    A quantized layer has no dtype that features could take, so they stay as they are.
+    """
+    dtype = linear.weight.dtype
+    return features.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else features
+
+
+def weight_and_bias(head: nn.Linear, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight (V, d) and the bias (V,) of a head, None if it has no bias; `inputs` (..., d) are what it will read.
+
+    A head that is sharded, quantized or adapted has no plain weight. Such a head is called instead, on the d rows of
+    the identity and a row of zeros, and its outputs are its linear map.
+    """
+    weight = head.weight
+    # Sharded and quantized weights have types of their own. A layer with an adapter of PEFT has a base_layer
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
+    if is_plain and not hasattr(head, "base_layer"):
+        return weight.to(inputs.device), head.bias
+    size = inputs.shape[-1]
+    rows = head(torch.eye(size + 1, size, dtype=inputs.dtype, device=inputs.device))  # the last row is 0
+    if head.bias is None:
+        return rows[:size].t(), None
+    return (rows[:size] - rows[size]).t(), rows[size]
+
+
 def visual_word_loss(
-    hidden_states,
-    lm_head_weight,
-    image_features,
-    vm_head_weight,
-    lm_head_bias=None,
-    vm_head_bias=None,
-    target="visual_words",
-    detach_visual_words=False,
-):
+    hidden_states: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    image_features: torch.Tensor,
+    vm_head_weight: torch.Tensor,
+    lm_head_bias: torch.Tensor | None = None,
+    vm_head_bias: torch.Tensor | None = None,
+    target: str = "visual_words",
+    detach_visual_words: bool = False,
+) -> torch.Tensor:
     """Sum over image positions t of the divergence between the visual word w_t and the LLM's prediction p_{t-1}.
 
     With p_{t-1} = softmax(W_lm h_{t-1}), of the first V rows of W_lm, and w_t = softmax(W_vm f_t),
 
-    - `"visual_words"`, joint training: KL(w_t || p_{t-1}); the visual words are the target, and their gradient too is
-      kept unless `detach_visual_words`;
+    - `"visual_words"`, joint training: KL(w_t || p_{t-1}). The visual words are the target, and gradient reaches them
+      too unless `detach_visual_words`;
     - `"language_model"`, VM-head training: KL(p_{t-1} || w_t) with p detached.
 
-    Logits, distributions and their gradients exist for a tile of rows at a time. The gradients of the inputs are made
-    with the loss and kept until the backward pass, so that no logit is computed twice: a row takes one matrix product
-    (2dV operations) for each head, and one for each input that needs a gradient.
+    Logits, distributions and their gradients exist for one tile of rows at a time. The gradients of the inputs are
+    computed with the loss and kept until the backward pass, so that no logit is computed twice: a row takes one matrix
+    product (2dV operations) for each head, and one for each input that needs a gradient.
 
     Args:
-        hidden_states (`torch.Tensor` of shape (N, d)): h, the LLM's last hidden states at t - 1, for the N scored t.
-        lm_head_weight (`torch.Tensor` of shape (V or more, d)): W_lm, of which the first V rows are used.
-        image_features (`torch.Tensor` of shape (N, d)): f, the projected features at t.
-        vm_head_weight (`torch.Tensor` of shape (V, d)): W_vm.
-        lm_head_bias, vm_head_bias (`torch.Tensor` of shape (V or more,), *optional*): added to the logits.
-        target (`str`): which of the two distributions is the target, see above.
-        detach_visual_words (`bool`): whether joint training stops the gradient through its target.
+        hidden_states: h of shape (N, d), the LLM's last hidden states at t - 1, for the N scored t.
+        lm_head_weight: W_lm of shape (V or more, d), of which the first V rows are used.
+        image_features: f of shape (N, d), the projected features at t.
+        vm_head_weight: W_vm of shape (V, d).
+        lm_head_bias, vm_head_bias: of shape (V or more,), added to the logits.
+        target: which of the two distributions is the target, see above.
+        detach_visual_words: whether joint training stops the gradient through its target.
 
     Returns:
-        `torch.Tensor`, a scalar in float32 (float64 for float64 inputs), in nats. 0 where N is 0.
+        A scalar in float32 (float64 for float64 inputs), in nats. 0 where N is 0.
     """
     language_model = hidden_states, lm_head_weight, lm_head_bias
     visual_words = image_features, vm_head_weight, vm_head_bias
+    check_loss_fields(visual_word_target=target)
     if target == "visual_words":
         target_head, predicting_head = visual_words, language_model
-    elif target == "language_model":
-        target_head, predicting_head = language_model, visual_words
     else:
-        raise ValueError(f'visual_word_target is "{target}", expected "visual_words" or "language_model"')
+        target_head, predicting_head = language_model, visual_words
     if detach_visual_words or target == "language_model":
-        target_head = [None if tensor is None else tensor.detach() for tensor in target_head]
+        inputs, weight, bias = target_head
+        target_head = inputs.detach(), weight.detach(), None if bias is None else bias.detach()
     return _linear_kl(target_head, predicting_head, vm_head_weight.shape[0])
 
 
 def _linear_kl(target, predicting, vocab_size):
-    """Sum over rows of KL(softmax(a) || softmax(b)), a and b being the logits of two linear maps."""
+    """Sum over rows of KL(softmax(a) || softmax(b)), where a and b are the logits of two linear maps."""
     target, predicting = _Head(*target, vocab_size), _Head(*predicting, vocab_size)
     count, device = len(target.inputs), target.inputs.device
     dtype = torch.promote_types(target.sum_dtype, predicting.sum_dtype)
     on_cpu = device.type == "cpu"
     most_rows = CPU_TILE_ROWS if on_cpu else max(1, GPU_TILE_LOGITS // vocab_size)
-    tile_rows = math.ceil(count / max(1, math.ceil(count / most_rows)))  # all of about the same size
+    tile_rows = math.ceil(count / max(1, math.ceil(count / most_rows)))  # tiles of about the same size
     block_rows = max(1, CPU_BLOCK_LOGITS // vocab_size) if on_cpu else tile_rows
     with torch.no_grad():
         tile = torch.empty(2, tile_rows, vocab_size, dtype=dtype, device=device)
@@ -105,34 +144,35 @@ def _linear_kl(target, predicting, vocab_size):
 
 
 def _kl_and_gradients_(a, b, needs_target_grad):
-    """KL(t || q) of every row, t = softmax(a) and q = softmax(b). The logits are overwritten with their gradients.
+    """KL(target || predicted) of every row, target = softmax(a) and predicted = softmax(b).
 
-    With g = a - b and its mean m = sum_v t g, it is m - logsumexp(a) + logsumexp(b), and its gradients are t (g - m)
-    for a and q - t for b.
+    The gradients overwrite the logits. With the gap g = a - b and its mean m = sum_v target[v] g[v], the divergence is
+    m - logsumexp(a) + logsumexp(b). Its gradients are target (g - m) for a and predicted - target for b.
     """
-    t, q = a.softmax(-1), b.softmax(-1)
-    # The largest probability is exp(max - logsumexp)
-    logsumexps = b.amax(-1) - a.amax(-1) + t.amax(-1).log_() - q.amax(-1).log_()
-    mean = a.sub_(b).mul_(t).sum(-1)
+    target, predicted = a.softmax(-1), b.softmax(-1)
+    # The largest probability is exp(max - logsumexp), so logsumexp is max - log(largest probability)
+    logsumexps = b.amax(-1) - a.amax(-1) + target.amax(-1).log_() - predicted.amax(-1).log_()
+    mean_gap = a.sub_(b).mul_(target).sum(-1)
     if needs_target_grad:
-        a.addcmul_(t, mean.unsqueeze(-1), value=-1)
-    torch.sub(q, t, out=b)
-    return mean + logsumexps
+        a.addcmul_(target, mean_gap.unsqueeze(-1), value=-1)
+    torch.sub(predicted, target, out=b)
+    return mean_gap + logsumexps
 
 
 class _Head:
-    """A linear map from rows to logits, tile by tile, and the gradients that a loss of the logits has."""
+    """A linear map from rows to logits, which adds up the gradients of its inputs tile by tile."""
 
     def __init__(self, inputs, weight, bias, vocab_size):
         device = inputs.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
-        # Most of q - t is too small for float16. It is smaller than 1, and t (g - m) hardly ever larger than 100
+        # Most gradients of logits are too small for float16. None is large enough to overflow when scaled: those of a
+        # prediction are below 1, those of a target hardly ever above 100
         self.scale = 256 if dtype == torch.float16 else 1
         self.inputs = inputs.detach().to(dtype)
         self.weight = weight.detach()[:vocab_size].to(dtype)
         self.bias = None if bias is None else bias.detach()[:vocab_size]
-        # The first tile fills those of weight and bias, to which the others add
+        # The first tile overwrites whatever is in here, the others add to it
         new = torch.empty_like if len(inputs) else torch.zeros_like
         self.gradients = {
             name: (tensor, new(tensor, dtype=self.sum_dtype))
@@ -172,19 +212,22 @@ def _add_product(total, a, b, beta=1, alpha=1):
 
 
 class _Gradient(torch.autograd.Function):
-    """0, whose gradient to a tensor is known already. One a tensor, so that each frees its own when it is done."""
+    """A zero that passes an already known gradient to one tensor.
+
+    Each tensor gets a node of its own, which frees its gradient as soon as it is passed on.
+    """
 
     @staticmethod
-    def forward(ctx, tensor, gradient):
+    def forward(ctx: Any, tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gradient)
         ctx.dtype = tensor.dtype
         return gradient.new_zeros(())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, loss_grad):
+    def backward(ctx: Any, loss_grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        # A copy would be as large as the head, and is needed only where the graph is kept for another backward pass
+        # The gradient may be as large as the head, so it is copied only where another backward pass needs it again
         if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
             gradient = gradient * loss_grad
         else:
