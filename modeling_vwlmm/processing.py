@@ -14,7 +14,7 @@ CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
 # an image stands on a line of its own before the text that follows it
 IMAGE_PARTS = """{%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
-    {%- if message["content"] is string or not message["content"] -%}
+    {%- if message["content"] is string or message["content"] is none -%}
         {%- set flat.messages = flat.messages + [message] -%}
     {%- else -%}
         {%- set content = namespace(text="") -%}

@@ -9,7 +9,7 @@ from transformers import AutoProcessor, LlavaProcessor
 
 from helpers.conversations import picture, tiny_processor
 from helpers.tiny import IMAGE_WITHIN, TOWERS, tiny_config, tiny_model
-from modeling_vwlmm.processing import make_processor
+from modeling_vwlmm.processing import IMAGE_PARTS, make_processor
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -71,3 +71,12 @@ def test_a_tower_without_cls_token_that_would_lose_a_patch_is_told(caplog, monke
         assert tiny_config(tower="clip").image_seq_length == 4 and not caplog.records
         assert tiny_config(tower="siglip", vision_feature_select_strategy="default").image_seq_length == 8
     assert 'Use "full"' in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", [], [{"type": "text", "text": ""}]])
+def test_an_empty_turn_renders_as_nothing(content):
+    """An LLM's own template, which knows texts alone, would print an empty list as []."""
+    template = IMAGE_PARTS + "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    processor = tiny_processor(tiny_config(), template)
+    messages = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": content}]
+    assert processor.apply_chat_template(messages) == "<|user|><image><|end|><|assistant|><|end|>"

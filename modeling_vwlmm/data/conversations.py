@@ -22,6 +22,8 @@ from ..processing import IMAGE_MARKER
 from .images import ImageFolder
 
 
+# Fields that would be left out without a word, and the answers about them learnt blind
+OTHER_MEDIA = {"audio", "audios", "video", "videos"}
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 FEATURES = Features(
     {
@@ -102,7 +104,12 @@ def _read_record(record: Any, index: int, data_path: str, folder: ImageFolder) -
     if not isinstance(record, dict):
         raise ValueError(f"{where}: found {describe(record)}, expected a record with 'conversations'")
     messages = _read_turns(record.get("conversations"), where)
-    names = record.get("image")
+    media = sorted(name for name in record if name in OTHER_MEDIA and record[name])
+    if media:
+        raise ValueError(f"{where}: found the field {media[0]!r}, expected images alone, in the field 'image'")
+    if record.get("image") and record.get("images"):
+        raise ValueError(f"{where}: found the fields 'image' and 'images', expected one of them")
+    names = record.get("image") or record.get("images")
     names = [] if names is None else names if isinstance(names, list) else [names]
     markers = sum(part["type"] == "image" for message in messages for part in message["content"])
     if markers != len(names):
@@ -150,5 +157,6 @@ def message_parts(text: str) -> list[dict]:
     """The parts of a turn. A single marker moves to the front, as in LLaVA-1.5's preprocess_multimodal."""
     if text.count(IMAGE_MARKER) == 1:
         text = f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()
-    pieces = [piece for piece in re.split(f"({IMAGE_MARKER})", text) if piece]
+    # An empty turn is one empty text: templates print an empty list as []
+    pieces = [piece for piece in re.split(f"({IMAGE_MARKER})", text) if piece] or [""]
     return [{"type": "image"} if piece == IMAGE_MARKER else {"type": "text", "text": piece} for piece in pieces]

@@ -179,6 +179,13 @@ def test_messages_pass_through_trl(load):
             "2, one an image",
         ),
         ([{"image": 3, "conversations": turns("<image>", "Hi")}], "sample 0: image: ", "3", "a path"),
+        ([{"video": "a.mp4", "conversations": TALK}], "sample 0: ", "the field 'video'", "images alone"),
+        (
+            [{"image": "a.png", "images": ["a.png"], "conversations": turns("<image>", "Hi")}],
+            "sample 0: ",
+            "the fields 'image' and 'images'",
+            "one of them",
+        ),
         ([{"image": [None], "conversations": turns("<image>", "Hi")}], "sample 0: image: ", "nothing", "a path"),
     ],
 )
@@ -206,3 +213,16 @@ def test_missing_file_or_folder(tmp_path, images):
     (tmp_path / "data.json").write_text("[]")
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path}/none: no such image folder")):
         load_conversations(tmp_path / "data.json", tmp_path / "none")
+
+
+def test_the_field_images_is_read_as_image_is(load):
+    names = ["a.png", "b.png"]
+    rows = [
+        load([{field: names, "conversations": turns("<image>\n<image>", "Hi")}])[0] for field in ("image", "images")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]["images"]) == 2
+
+
+def test_an_empty_turn_is_an_empty_text(load):
+    messages = load([{"image": "a.png", "conversations": turns("<image>", "")}])[0]["messages"]
+    assert messages[-1]["content"] == [{"type": "text", "text": ""}]
