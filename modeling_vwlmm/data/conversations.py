@@ -106,10 +106,11 @@ def _read_record(record: Any, index: int, data_path: str, folder: ImageFolder) -
     messages = _read_turns(record.get("conversations"), where)
     media = sorted(name for name in record if name in OTHER_MEDIA and record[name])
     if media:
-        raise ValueError(f"{where}: found the field {media[0]!r}, expected images alone, in the field 'image'")
-    if record.get("image") and record.get("images"):
+        raise ValueError(f"{where}: found the field {media[0]!r}, expected images alone")
+    image, images = record.get("image"), record.get("images")
+    if image is not None and images is not None:
         raise ValueError(f"{where}: found the fields 'image' and 'images', expected one of them")
-    names = record.get("image") or record.get("images")
+    names = images if image is None else image
     names = [] if names is None else names if isinstance(names, list) else [names]
     markers = sum(part["type"] == "image" for message in messages for part in message["content"])
     if markers != len(names):
