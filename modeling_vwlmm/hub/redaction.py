@@ -1,4 +1,4 @@
-"""Takes what is private out of a text or a JSON value: paths, tokens of the Hub, the name of the machine."""
+"""Takes what must not leave the machine out of a text or a JSON value: paths, tokens, names of code."""
 
 import os
 import re
@@ -23,6 +23,13 @@ def base_name(path: str) -> str:
 def holds_token(text: str, token: str | None = None) -> bool:
     """Whether a text holds this token, or anything that looks like a token of the Hub."""
     return bool(_TOKEN.search(text)) or bool(token and token in text)
+
+
+def without_code(value: Any) -> Any:
+    """A JSON value without any `auto_map`, which names code of strangers for transformers to load and run."""
+    if isinstance(value, dict):
+        return {name: without_code(item) for name, item in value.items() if name != "auto_map"}
+    return [without_code(item) for item in value] if isinstance(value, list) else value
 
 
 def without_secrets(text: str) -> str:

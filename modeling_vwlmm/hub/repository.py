@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers.dynamic_module_utils import custom_object_save
@@ -19,8 +20,8 @@ from ..files import read_json, read_json_object, write_json
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..weights import read_weights, write_weights
 from . import load_check
-from .card_pictures import EXAMPLE_SUFFIXES
-from .redaction import holds_token, without_home, without_paths, without_secrets
+from .card_pictures import EXAMPLE_SUFFIXES, EXAMPLES
+from .redaction import holds_token, without_code, without_home, without_paths, without_secrets
 
 
 LARGEST_FILE = 5 * 10**9  # bytes; an upload that breaks off has to send the file that it was at again
@@ -30,25 +31,31 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_vwlmm.VWLmmForCausalLM",
     "AutoModelForImageTextToText": "modeling_vwlmm.VWLmmForCausalLM",
 }
-# What goes into a repository beside the weights. Configs and logs are rewritten, for they may name places
-CONFIGS = ["*config.json", "special_tokens_map.json", "added_tokens.json"]
-LOGS = ["training_run.json", "trainer_state.json", "*_results.json"]
+# What goes into a repository beside the weights: these names and no others, for `wandb_config.json` may hold a key.
+# Configs and logs are rewritten, for they may name places
+CONFIGS = [
+    *("config.json", "generation_config.json", "adapter_config.json"),
+    *("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+]
+LOGS = ["training_run.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"]
 VERBATIM = [
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
-    *(
-        "README.md",
-        "LICENSE*",
-        "NOTICE*",
-        "USE_POLICY*",
-        *(f"examples/*{suffix}" for suffix in EXAMPLE_SUFFIXES),
-        "assets/losses.json",
-    ),
+    *(f"{name}{suffix}" for name in ("LICENSE", "NOTICE", "USE_POLICY") for suffix in ("", ".md", ".txt")),
+    *(f"{EXAMPLES}/*{suffix}" for suffix in EXAMPLE_SUFFIXES),
+    *("README.md", "assets/losses.json"),
 ]
 
 
 def _find(folder: Path, patterns: list[str]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    """The files of these names; `ValueError` if one is a link to a file of another place, which a push would send."""
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    own = [folder.resolve(), Path(HF_HUB_CACHE).resolve()]  # a folder of the Hub's cache is one of links into it
+    for file in files:
+        if not any(file.resolve().is_relative_to(place) for place in own):
+            raise ValueError(f"{file} is a link to {file.resolve()}, outside of {folder}: replace it by a copy")
+    return files
 
 
 class ModelFolder(NamedTuple):
@@ -102,11 +109,12 @@ def fill_repository(folder: Path, into: Path, base_model: str | None = None) -> 
     into.mkdir(exist_ok=True)
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         left_out = {CONFIG_NAME, "generation_config.json"}
-        _link(folder / ADAPTER_SAFE_WEIGHTS_NAME, into)
+        for file in _find(folder, [ADAPTER_SAFE_WEIGHTS_NAME]):
+            _link(file, into)
     else:
         left_out = set()
         tensors = read_weights(folder)
-        files = [folder / name for name in sorted({tensor.source for tensor in tensors.values()})]
+        files = _find(folder, sorted({tensor.source for tensor in tensors.values()}))
         if all(file.suffix == ".safetensors" and file.stat().st_size <= LARGEST_FILE for file in files):
             for file in [*files, *_find(folder, [SAFE_WEIGHTS_INDEX_NAME])]:
                 _link(file, into)
@@ -116,7 +124,7 @@ def fill_repository(folder: Path, into: Path, base_model: str | None = None) -> 
     for file in _find(folder, CONFIGS):
         if file.name in left_out:
             continue
-        content = without_paths(read_json_object(file), is_log=False)
+        content = without_code(without_paths(read_json_object(file), is_log=False))
         if file.name == CONFIG_NAME:
             content["auto_map"] = AUTO_MAP
         if file.name == ADAPTER_CONFIG_NAME and base_model is not None:

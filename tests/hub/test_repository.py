@@ -1,12 +1,17 @@
 """What belongs into a repository, without what is private."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_vwlmm.hub.repository import fill_repository, make_harmless, without_paths
+from modeling_vwlmm.hub import repository
+from modeling_vwlmm.hub.push import prepare
+from modeling_vwlmm.hub.redaction import without_paths
+from modeling_vwlmm.hub.repository import AUTO_MAP, fill_repository, make_harmless, read_folder
 
 
 @pytest.mark.parametrize(
@@ -52,3 +57,51 @@ def test_weights_that_are_pickled_become_safetensors(tmp_path, model_folder):
         "model.safetensors"
     ]
     assert load_file(tmp_path / "staged" / "model.safetensors").keys() == expected.keys()
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "tokenizer_config.json", "config.json"])
+def test_code_of_strangers_is_neither_run_nor_sent(tmp_path, model_folder, name):
+    """However deep the `auto_map` that names it stands."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    content = json.loads((model_folder / name).read_text())
+    content["auto_map"] = {"AutoProcessor": f"{tmp_path}--evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    if name == "config.json":
+        content["vision_config"]["auto_map"] = {"AutoModel": f"{tmp_path}--evil.Evil"}
+    (model_folder / name).write_text(json.dumps(content))
+    (tmp_path / "scratch").mkdir()
+    staged = prepare(read_folder(model_folder), tmp_path / "scratch", "me/model").folder
+    assert not (tmp_path / "ran").exists() and not list(staged.glob("evil*"))
+    maps = [path.name for path in staged.glob("*.json") if "evil" in path.read_text()]
+    assert maps == [] and json.loads((staged / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "model.safetensors", "processor_config.json"])
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path, model_folder, name):
+    secret = tmp_path / "secret"
+    secret.write_text("{}") if not name.endswith("safetensors") else shutil.copy(model_folder / name, secret)
+    (model_folder / name).unlink(missing_ok=True)
+    (model_folder / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=f"{name} is a link to .*secret, outside of"):
+        fill_repository(model_folder, tmp_path / "staged")
+
+
+def test_a_link_within_the_folder_or_the_hubs_cache_is_followed(tmp_path, monkeypatch, model_folder):
+    (model_folder / "blobs").mkdir()
+    (model_folder / "tokenizer.json").rename(model_folder / "blobs" / "1")
+    (model_folder / "tokenizer.json").symlink_to("blobs/1")
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(repository, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    (model_folder / "config.json").rename(tmp_path / "cache" / "2")
+    (model_folder / "config.json").symlink_to(tmp_path / "cache" / "2")
+    fill_repository(model_folder, tmp_path / "staged")
+    assert (tmp_path / "staged" / "tokenizer.json").is_file() and (tmp_path / "staged" / "config.json").is_file()
+
+
+def test_files_of_other_names_stay(tmp_path, model_folder):
+    others = ["wandb_config.json", "db.config.json", "LICENSE_SERVER_KEY", "my_results.json", "notes.txt"]
+    for name in others:
+        (model_folder / name).write_text('{"key": "secret"}')
+    (model_folder / "LICENSE.md").write_text("Free.")
+    fill_repository(model_folder, tmp_path / "staged")
+    names = {path.name for path in (tmp_path / "staged").iterdir()}
+    assert names.isdisjoint(others) and "LICENSE.md" in names
