@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers.dynamic_module_utils import custom_object_save
@@ -51,7 +51,10 @@ VERBATIM = [
 def _find(folder: Path, patterns: list[str]) -> list[Path]:
     """The files of these names; `ValueError` if one is a link to a file of another place, which a push would send."""
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    own = [folder.resolve(), Path(HF_HUB_CACHE).resolve()]  # a folder of the Hub's cache is one of links into it
+    own = [
+        folder.resolve(),
+        Path(constants.HF_HUB_CACHE).resolve(),
+    ]  # a folder of the Hub's cache is one of links into it
     for file in files:
         if not any(file.resolve().is_relative_to(place) for place in own):
             raise ValueError(f"{file} is a link to {file.resolve()}, outside of {folder}: replace it by a copy")

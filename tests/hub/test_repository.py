@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from modeling_vwlmm.hub import repository
 from modeling_vwlmm.hub.push import prepare
 from modeling_vwlmm.hub.redaction import without_paths
 from modeling_vwlmm.hub.repository import AUTO_MAP, fill_repository, make_harmless, read_folder
@@ -90,7 +90,7 @@ def test_a_link_within_the_folder_or_the_hubs_cache_is_followed(tmp_path, monkey
     (model_folder / "tokenizer.json").rename(model_folder / "blobs" / "1")
     (model_folder / "tokenizer.json").symlink_to("blobs/1")
     (tmp_path / "cache").mkdir()
-    monkeypatch.setattr(repository, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     (model_folder / "config.json").rename(tmp_path / "cache" / "2")
     (model_folder / "config.json").symlink_to(tmp_path / "cache" / "2")
     fill_repository(model_folder, tmp_path / "staged")
