@@ -1,6 +1,7 @@
 """recipes/photos: its measures, its data and its vision tower, without training."""
 
 import importlib.util
+import json
 import random
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ RECIPES = Path(__file__).parent.parent / "recipes" / "photos"
 def recipes(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES))
     yield
-    for name in ("measure", "parts", "read", "stamps", "tower"):
+    for name in ("measure", "parts", "read", "run", "stamps", "tower"):
         sys.modules.pop(name, None)
 
 
@@ -139,6 +140,38 @@ def test_what_an_llm_reads_where_an_image_will_stand():
         rows, columns = (grid != 7).any(1).nonzero()[0], (grid != 7).any(0).nonzero()[0]
         assert set(grid.flatten()) <= {1, 2, 7}
         assert (grid[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] != 7).all()
+
+
+def test_the_reading_recipe_is_one_of_the_script(tmp_path):
+    from read import ReadArguments
+    from trl import TrlParser
+
+    from modeling_vwlmm.trainer import VWLmmSFTConfig
+
+    recipe = RECIPES / "read.yaml"
+    assert recipe.read_text().startswith("# python recipes/photos/read.py --config recipes/photos/read.yaml\n")
+    arguments, config = TrlParser((ReadArguments, VWLmmSFTConfig)).parse_args_and_config(
+        ["--config", str(recipe), "--output_dir", str(tmp_path)]
+    )
+    assert len(arguments.dataset) == 2 and config.trainable == ["language_model"]
+
+
+@pytest.mark.parametrize("name", ["mine.json", "mine.jsonl"])
+def test_own_pictures_are_split_by_image(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    from run import split_own
+
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    records = [{"image": f"{i // 2}.png", "conversations": turns} for i in range(48)] + [{"conversations": turns}]
+    text = json.dumps(records) if name == "mine.json" else "\n".join(map(json.dumps, records))
+    Path(name).write_text(text)
+    assert split_own(name, tmp_path / "data") == (21, 3)
+    found = {
+        part: {record["image"] for record in json.loads((tmp_path / f"data/{part}.json").read_text())}
+        for part in ("captions", "conversations", "held_out")
+    }
+    assert found["captions"] == found["conversations"] and not found["captions"] & found["held_out"]
+    assert len(found["captions"] | found["held_out"]) == 24
 
 
 @pytest.mark.skipif(

@@ -68,7 +68,7 @@ def answer(model, processor, images, questions):
         for question in questions
     ]
     inputs = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
-    generated = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    generated = model.generate(**inputs.to(model.device), max_new_tokens=12, do_sample=False)
     texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip().rstrip(".").lower() for text in texts]
 
@@ -98,7 +98,8 @@ def visual_words(model, processor, photos, batch_size=16):
     words = []
     for start in range(0, len(photos), batch_size):
         images = [photo["image"] for photo in photos[start : start + batch_size]]
-        words.append(model.visual_words(processor.image_processor(images, return_tensors="pt")["pixel_values"]))
+        pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        words.append(model.visual_words(pixel_values.to(model.device)).cpu())
     return torch.cat(words)  # (photos, patches, V)
 
 
@@ -189,7 +190,8 @@ def main(argv=None):
     parser.add_argument("--images", default="runs/photos/data/images")
     parser.add_argument("--save", action="store_true", help="write figures and pictures into the folder, for its card")
     arguments = parser.parse_args(argv)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(arguments.model).to(device).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
     photos = read_held_out(arguments.held_out, arguments.images)
     answers, said = measure_answers(model, processor, photos)

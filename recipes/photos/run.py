@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 import yaml
 from parts import find_llm, find_stamps, find_tower
 from transformers import AutoProcessor
@@ -99,12 +100,12 @@ def train(images, arguments):
     for name, title in STAGES.items():
         print(f"\n== {title} ==", flush=True)
         recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-        steps = round(arguments.times * recipe["max_steps"])
+        steps = max(1, round(arguments.times * recipe["max_steps"]))
         program = [RECIPES / "read.py"] if name == "read" else ["-m", "modeling_vwlmm", "train"]
         run(
             *program,
             *("--config", RECIPES / f"{name}.yaml", "--image_folder", images),
-            *("--max_steps", steps, "--seed", arguments.seed),
+            *("--max_steps", steps, "--seed", arguments.seed, "--use_cpu", not torch.cuda.is_available()),
         )
 
 

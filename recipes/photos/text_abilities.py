@@ -34,7 +34,7 @@ def perplexity(model, tokenizer, text, length=512):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", help="their folders")
-    parser.add_argument("--text", default="README.md", help="a file to read")
+    parser.add_argument("--text", default="CONTRIBUTING.md", help="a file to read")
     arguments = parser.parse_args(argv)
     for folder in arguments.models:
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
