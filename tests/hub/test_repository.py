@@ -43,11 +43,11 @@ def test_paths_in_a_card(tmp_path):
     assert card.read_text() == f"Trained on `data.json`, see https://example.org{Path.home()}x and /etc/x."
 
 
-def test_weights_that_are_pickled_become_safetensors(tmp_path, folder):
-    expected = load_file(folder / "model.safetensors")
-    torch.save(expected, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    stage(folder, tmp_path / "staged")
+def test_weights_that_are_pickled_become_safetensors(tmp_path, model_folder):
+    expected = load_file(model_folder / "model.safetensors")
+    torch.save(expected, model_folder / "pytorch_model.bin")
+    (model_folder / "model.safetensors").unlink()
+    stage(model_folder, tmp_path / "staged")
     assert [path.name for path in (tmp_path / "staged").glob("*model*.*") if path.suffix not in (".py", ".json")] == [
         "model.safetensors"
     ]
