@@ -1,4 +1,4 @@
-"""Kill `vwlmm train` while it saves, run the same command again, and compare what it ends with.
+"""Kill `vwlmm train` while it saves. The same command, run again, must end with the same weights.
 
 python tests/kill_while_saving.py FOLDER --times 20 [--lora]
 """

@@ -1,4 +1,4 @@
-"""hub_card/vwlmm-nano, which comes with the source code, is as it would be pushed and does what its card says."""
+"""hub_card/vwlmm-nano, which comes with the source code, does what its card says. It is as it would be pushed."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The processor: as many placeholders as patches, and LLaVA-1.5's square padding."""
+"""The processor: as many placeholders as patches, padding to a square as in LLaVA-1.5."""
 
 import logging
 

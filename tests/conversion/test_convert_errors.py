@@ -1,4 +1,4 @@
-"""What `vwlmm convert` refuses: one line that names the file and what was expected, and nothing left behind."""
+"""What `vwlmm convert` refuses. One line names the file and what was expected, and nothing is left behind."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of the published VW-LMM models, and what the authors' code computes of three of them."""
+"""Checkpoints in the layout of the published VW-LMM models. Of three, what the authors' code computes is stored."""
 
 import json
 import shutil

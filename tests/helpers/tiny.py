@@ -1,4 +1,4 @@
-"""Tiny random models of every supported kind, and batches for them."""
+"""Tiny random models of every supported kind, with batches for them."""
 
 import torch
 from transformers import (

@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted or broken: what is left, what is said, and that they go on as if nothing was."""
+"""Runs that are killed, interrupted or broken go on as if nothing was. What is left is whole, an error is one line."""
 
 import json
 import os
