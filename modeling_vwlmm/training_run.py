@@ -29,7 +29,7 @@ _PACKAGES = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 # The fields of a model's config that a stage may set
 TRAINED_WITH = ("visual_word_loss_weight", "visual_word_target", "detach_visual_words")
 _LORA = ["r", "lora_alpha", "lora_dropout"]
-# The names of pad_token and eos_token must not match: these are no secrets
+# pad_token and eos_token are no secrets, so that a name that just ends in `token` does not match
 _SECRET = re.compile(r"^token$|(hub|auth|access|api)_?token$|api_?key$|password|secret|credential", re.IGNORECASE)
 
 
@@ -65,7 +65,7 @@ def write_training_run(folder: str | os.PathLike, stages: list[dict]) -> None:
 
 
 def given_fields(arguments: Any, names: Collection[str] | None = None) -> dict[str, Any]:
-    """The fields of a dataclass that have the given names, or else differ from their defaults, as JSON has them."""
+    """The named fields of a dataclass as JSON has them; without names, those that differ from their defaults."""
     given = {}
     for field in fields(arguments):
         default = field.default_factory() if callable(field.default_factory) else field.default

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def quiet() -> None:
-    """Keep transformers' warnings off the terminal: our own error names weights that do not fit in one line."""
+    """Keep transformers' warnings off the terminal: our error, of one line, names the weights that do not fit."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

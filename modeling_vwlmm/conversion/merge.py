@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +26,10 @@ def merge(adapter: str | os.PathLike, destination: str | os.PathLike, dtype: str
         ValueError: the adapter does not fit its base, or adding it changes nothing.
     """
     model = merged_model(adapter, dtype=dtype)
-    has_processor = (Path(adapter) / "processor_config.json").is_file()
-    processor = AutoProcessor.from_pretrained(adapter if has_processor else model.config.name_or_path)
+    try:
+        processor = AutoProcessor.from_pretrained(adapter)
+    except (OSError, ValueError):  # it has none, as PEFT saves it by itself
+        processor = AutoProcessor.from_pretrained(model.config.name_or_path)
     with new_folder(destination) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -40,7 +41,7 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
 
     Args:
         adapter: folder or repository.
-        kwargs: for `from_pretrained` of the base model.
+        kwargs: for `from_pretrained` of the base model, which is loaded in its own dtype and then becomes of `dtype`.
 
     Raises:
         ValueError: the adapter does not fit its base, or adding it changes nothing.
@@ -51,8 +52,9 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
         raise ValueError(
             f"{adapter} is no adapter: expected a folder or repository with adapter_config.json"
         ) from error
+    dtype = kwargs.pop("dtype", "auto")
     try:
-        base = VWLmmForCausalLM.from_pretrained(name, **kwargs)
+        base = VWLmmForCausalLM.from_pretrained(name, dtype="auto", **kwargs)
     except OSError as error:
         raise FileNotFoundError(f"{name}, the base model of {adapter}, cannot be loaded: {error}") from error
     if base.config.to_dict().get("quantization_config"):
@@ -60,6 +62,8 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
     run = (read_training_run(adapter) or [{}])[-1]
     if run.get("base_fingerprint") not in (None, fingerprint(base)):
         raise ValueError(f"{name} has changed since {adapter} was trained on it")
+    if dtype != "auto":
+        base.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     before = _digests(base)
     try:
         model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
@@ -77,7 +81,9 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
 
 def _digests(model: torch.nn.Module) -> dict[str, bytes]:
     weights = model.state_dict().items()
-    return {name: hashlib.blake2b(weight.reshape(-1).view(torch.uint8).numpy()).digest() for name, weight in weights}
+    return {
+        name: hashlib.blake2b(weight.cpu().reshape(-1).view(torch.uint8).numpy()).digest() for name, weight in weights
+    }
 
 
 __all__ = ["merge", "merged_model"]

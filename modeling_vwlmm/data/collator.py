@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +75,7 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         if self.skip_broken_images:
             batch["is_skipped"] = torch.tensor([example["is_skipped"] for example in examples])
             batch["labels"][batch["is_skipped"]] = -100
-            # Where padding precedes every position, none is scored. The last token stays, because not every attention
-            # takes a row without tokens
+            # Padding alone leaves no position to score. One token stays: some attention fails on a row without any
             batch["attention_mask"][batch["is_skipped"], :-1] = 0
             batch["attention_mask"][batch["is_skipped"], -1] = 1
             if batch["is_skipped"].all():
@@ -192,6 +192,20 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
                     )
                 spans.append((len(before), len(through)))
         return text, spans
+
+
+@dataclass
+class WithoutPlaceholderLabels:
+    """Another collator, whose batches lose the labels of image placeholders: TRL's own masks nothing but padding."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    image_token_id: int
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        if "labels" in batch and "input_ids" in batch:
+            batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] == self.image_token_id, -100)
+        return batch
 
 
 def _expanded(place: int, replacements: list[dict[str, Any]]) -> int:

@@ -22,7 +22,7 @@ from ..processing import IMAGE_MARKER
 from .images import ImageFolder
 
 
-# Fields that would be left out without a word, and the answers about them learnt blind
+# We read images alone. A record with other media is refused: its answers are about what the model cannot see
 OTHER_MEDIA = {"audio", "audios", "video", "videos"}
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 FEATURES = Features(

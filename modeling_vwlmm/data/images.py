@@ -50,11 +50,11 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 def _open_image(image: dict | PIL.Image.Image, example: dict) -> PIL.Image.Image:
     try:
         with warnings.catch_warnings():
-            # Twice as many pixels are an error already
+            # Pillow warns above its limit of pixels and raises above twice it: here the limit is one
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             if isinstance(image, PIL.Image.Image):
                 return to_rgb(image)
-            source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
+            source = image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])
             with PIL.Image.open(source) as opened:
                 return to_rgb(opened)
     except Exception as error:  # Pillow's decoders raise nearly anything on broken data

@@ -67,9 +67,10 @@ def number_samples(dataset: Any) -> Any:
         raise ValueError("the dataset is empty")
     for column, feature in (dataset.features or {}).items():
         # The collator opens the images, because the errors of `datasets` name no sample
-        if feature in (Image(), List(Image())):
-            undecoded = Image(decode=False)
-            dataset = dataset.cast_column(column, undecoded if feature == Image() else List(undecoded))
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            dataset = dataset.cast_column(column, List(Image(decode=False)))
     if not {"messages", "prompt", "image", "images"} & set(columns) or "sample_index" in columns:
         return dataset
     without_images = not {"image", "images"} & set(columns)

@@ -28,7 +28,7 @@ _DRAFTS = (
     "It has been trained using [TRL]",
     "[More Information Needed]",
 )
-# Where the records renew a key of the metadata, these others of the old card say something about its old value
+# Where the records renew a key of the metadata, these keys of the old card go: they describe the old value
 _TOGETHER = {
     "license": ("license_name", "license_link"),
     "base_model": ("base_model_relation",),

@@ -32,18 +32,26 @@ def without_code(value: Any) -> Any:
     return [without_code(item) for item in value] if isinstance(value, list) else value
 
 
-def without_secrets(text: str) -> str:
-    """A text without tokens of the Hub and without the name of this machine."""
+def without_secrets(value: Any) -> Any:
+    """A JSON value without tokens of the Hub and without the name of this machine, which keys may be called."""
+    if isinstance(value, dict):
+        return {name: without_secrets(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    if not isinstance(value, str):
+        return value
     host = socket.gethostname()
     if len(host) > 3 and host != "localhost":
-        text = re.sub(rf"\b{re.escape(host)}\b", "host", text)
-    return _TOKEN.sub("hf_***", text)
+        value = re.sub(rf"\b{re.escape(host)}\b", "host", value)
+    return _TOKEN.sub("hf_***", value)
 
 
 def without_home(text: str) -> str:
     """A text with the base names of the paths in the home folder."""
-    home = re.escape(os.path.expanduser("~").rstrip("/"))
-    return re.sub(rf"""{home}/[^\s"'`,;:()|]*""", lambda match: base_name(match[0]), text)
+    home = os.path.expanduser("~").rstrip("/")
+    if not home:  # the home folder is /, as in a container of any user
+        return text
+    return re.sub(rf"""(?<![\w/]){re.escape(home)}/[^\s"'`,;:()|]*""", lambda match: base_name(match[0]), text)
 
 
 def without_paths(value: Any, is_log: bool, key: str = "") -> Any:

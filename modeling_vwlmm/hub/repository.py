@@ -24,7 +24,7 @@ from .card_pictures import EXAMPLE_SUFFIXES, EXAMPLES
 from .redaction import holds_token, without_code, without_home, without_paths, without_secrets
 
 
-LARGEST_FILE = 5 * 10**9  # bytes; an upload that breaks off has to send the file that it was at again
+LARGEST_FILE = 5 * 10**9  # bytes; a broken upload sends its current file again, so that files stay small
 AUTO_MAP = {
     "AutoConfig": "configuration_vwlmm.VWLmmConfig",
     "AutoModel": "modeling_vwlmm.VWLmmModel",
@@ -134,8 +134,7 @@ def fill_repository(folder: Path, into: Path, base_model: str | None = None) -> 
             content["base_model_name_or_path"] = base_model
         write_json(into / file.name, content)
     for file in _find(folder, LOGS):
-        read_json(file)  # refuses what is not JSON
-        (into / file.name).write_text(without_secrets(file.read_text(encoding="utf-8")), encoding="utf-8")
+        write_json(into / file.name, without_secrets(read_json(file)))
     for file in _find(folder, VERBATIM):
         (into / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, into / file.relative_to(folder))

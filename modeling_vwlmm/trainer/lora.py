@@ -1,6 +1,7 @@
 """Adapters of PEFT that train the LLM of a VW-LMM model alone."""
 
 import copy
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,7 @@ class LoraArguments:
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
     use_dora: bool = field(default=False, metadata={"help": "Train weights' magnitudes beside their directions."})
-    lora_kwargs: dict | None = field(
+    lora_kwargs: dict | str | None = field(
         default=None, metadata={"help": "More fields of peft.LoraConfig, as a mapping, init_lora_weights for example."}
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: load the LLM in 4 bits (bitsandbytes)."})
@@ -54,19 +55,22 @@ class LoraArguments:
         """The [`~peft.LoraConfig`], None without `use_peft`."""
         if not self.use_peft:
             return None
+        targets, more = self.lora_target_modules, self.lora_kwargs or {}
         try:
+            # A command line makes lists of texts, and texts of JSON
+            more = json.loads(more) if isinstance(more, str) else more
             return LoraConfig(
                 task_type="CAUSAL_LM",
                 r=self.lora_r,
                 lora_alpha=self.lora_alpha,
                 lora_dropout=self.lora_dropout,
-                target_modules=self.lora_target_modules,
+                target_modules="all-linear" if targets == ["all-linear"] else targets,
                 modules_to_save=self.lora_modules_to_save,
                 use_rslora=self.use_rslora,
                 use_dora=self.use_dora,
-                **(self.lora_kwargs or {}),
+                **more,
             )
-        except TypeError as error:
+        except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"lora_kwargs do not fit peft.LoraConfig: {error}") from error
 
     def quantization_config(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -99,11 +103,11 @@ def for_language_model(peft_config: LoraConfig, parts: list[str] | None) -> Lora
         ValueError: `parts` leaves the LLM out.
     """
     peft_config = copy.copy(peft_config)
+    if parts is not None and "language_model" not in parts:
+        raise ValueError(
+            f"an adapter trains the language_model, but what trains is {', '.join(parts)}: use no PEFT here"
+        )
     if peft_config.target_modules is None:
-        if parts is not None and "language_model" not in parts:
-            raise ValueError(
-                f"an adapter trains the language_model, but what trains is {', '.join(parts)}: use no PEFT here"
-            )
         peft_config.target_modules = "all-linear"
     if peft_config.target_modules == "all-linear" or not isinstance(peft_config.target_modules, str):
         excluded = peft_config.exclude_modules or []

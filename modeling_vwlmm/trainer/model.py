@@ -24,8 +24,7 @@ def load_model(
     An adapter becomes one model with its base. `args.model_init_kwargs` are used and removed.
 
     Raises:
-        ValueError: an adapter of an adapter is asked for, or one that could not say whether its model reads pseudo
-            image features.
+        ValueError: an adapter of an adapter is asked for.
     """
     model_init_kwargs = dict(args.model_init_kwargs or {})
     args.model_init_kwargs = None
@@ -34,7 +33,7 @@ def load_model(
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         model_init_kwargs["device_map"] = None
     if args.deepspeed_plugin is not None:
-        with set_zero3_state():  # its modules have no weights to run: the shape is found here and remembered
+        with set_zero3_state():  # which loads modules without weights, so that the shape must be known before
             VWLmmConfig.from_pretrained(name).image_feature_shape()
     if find_adapter_config_file(name) is not None:
         if peft_config is not None or args.save_only_trained or args.deepspeed_plugin is not None:
@@ -47,11 +46,6 @@ def load_model(
     model = create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
     if args.deepspeed_plugin is not None:
         model._weight_conversions = []  # loaded under ZeRO-3, it would be saved with stock LLaVA's names
-    own = VWLmmConfig.from_pretrained(name).pseudo_image_features
-    if peft_config is not None and model.config.pseudo_image_features != own:
-        raise ValueError(
-            f"an adapter has no config of its own, and that of {name} has pseudo_image_features {own}: change it there"
-        )
     return model
 
 
@@ -74,6 +68,8 @@ def set_stage(
         if name in settings:
             setattr(base_model.config, name, settings[name])
     trainable = settings.get("trainable")
+    if trainable == ["vm_head"] and not base_model.config.visual_word_loss_weight:
+        raise ValueError("only the VM head trains, and visual_word_loss_weight 0 leaves out the one loss that it has")
     if args.save_only_trained:
         if peft_config is not None or is_peft_model(model):
             raise ValueError("save_only_trained is for whole parts: an adapter is saved alone already")
@@ -87,13 +83,25 @@ def set_stage(
             raise ValueError("trainable chooses whole parts of a model, but a PEFT model has been told what trains")
     elif trainable is not None:
         train_only(model, trainable)
-    if trains_only_the_vm_head(base_model) or (args.save_only_trained and trainable == ["vm_head"]):
+    is_alone = args.save_only_trained and trainable == ["vm_head"] and not base_model.config.pseudo_image_features
+    if trains_only_the_vm_head(base_model) or is_alone:
         # There is no graph to checkpoint, and checkpointing would make one: it asks for gradients of the inputs
         args.activation_checkpointing = args.gradient_checkpointing = False
-    # accelerate's FSDP looks for each of them in the model, but CLIP names parts of its text tower too
+    # FSDP fails on a class that the model lacks, and CLIP names those of its text tower
     classes = {type(module).__name__ for module in base_model.modules()}
     base_model._no_split_modules = set(base_model._no_split_modules) & classes
     return peft_config
+
+
+def check_adapter_config(name: str, model: VWLmmForCausalLM) -> None:
+    """`ValueError` if a model that an adapter trains differs from its base in what no adapter saves."""
+    if not name:
+        return
+    own = VWLmmConfig.from_pretrained(name).pseudo_image_features
+    if model.config.pseudo_image_features != own:
+        raise ValueError(
+            f"an adapter has no config of its own, and that of {name} has pseudo_image_features {own}: change it there"
+        )
 
 
 def trains_only_the_vm_head(model: VWLmmForCausalLM) -> bool:
@@ -116,7 +124,9 @@ def doubts_about(args: VWLmmSFTConfig, base_model: str, stages: list[dict], has_
         trained = ", ".join(run["trainable"])
         doubts.append(f"neither stage nor trainable is given, so that all of these train: {trained}")
     if missing := missing_stage(args.stage, before):
-        done = ", ".join(str(record.get("stage")) for record in before)
+        done = ", ".join(
+            name for record in before for name in [str(record.get("stage")), *record.get("stages_before", [])]
+        )
         doubts.append(
             f'stage "{args.stage}" comes after "{missing}", which {base_model} has not been through: its record has '
             f"{done}"

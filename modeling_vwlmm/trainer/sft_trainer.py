@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from ..data.collator import VWLmmDataCollator
+from ..data.collator import VWLmmDataCollator, WithoutPlaceholderLabels
 from ..data.load import columns_of, number_samples
 from ..hub.card import write_card
 from ..modeling_vwlmm import VWLmmForCausalLM
@@ -25,7 +25,7 @@ from .checkpoints import WholeCheckpoints
 from .fused_head import add_visual_word_loss
 from .hub_mixin import HubMixin
 from .lora import keep_precision
-from .model import doubts_about, load_model, set_stage, trains_only_the_vm_head
+from .model import check_adapter_config, doubts_about, load_model, set_stage, trains_only_the_vm_head
 from .sft_config import VWLmmSFTConfig
 
 
@@ -82,6 +82,8 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         is_whole = getattr(base_model, "hf_quantizer", None) is None and not is_deepspeed_zero3_enabled()
         base_fingerprint = fingerprint(base_model) if is_whole and not is_peft_model(model) else None
         peft_config = set_stage(model, args, peft_config)
+        if peft_config is not None:
+            check_adapter_config(name, base_model)
         bypasses = args.label_smoothing_factor or kwargs.get("compute_loss_func")
         if base_model.config.visual_word_loss_weight and bypasses:
             # TRL then takes the loss from full logits, and what its fused head returns for the log alone
@@ -96,7 +98,9 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             processing_class = AutoProcessor.from_pretrained(base_model.config.name_or_path)
         # TRL's own pipeline for text tokenizes beforehand, and is used where it is asked for
         is_text = args.packing or args.padding_free or kwargs.get("formatting_func") is not None
-        self._numbers_samples = isinstance(processing_class, ProcessorMixin) and not is_text
+        # Another collator gets its rows as they are: it may want images that datasets has opened
+        is_ours = data_collator is None or isinstance(data_collator, VWLmmDataCollator)
+        self._numbers_samples = isinstance(processing_class, ProcessorMixin) and is_ours and not is_text
         if self._numbers_samples and train_dataset is not None:
             train_dataset, eval_dataset = number_samples(train_dataset), number_samples(eval_dataset)
         columns = [] if train_dataset is None else columns_of(train_dataset)
@@ -104,6 +108,9 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             args.assistant_only_loss = "messages" in columns
         if data_collator is None and self._numbers_samples and {"image", "images"} & set(columns):
             data_collator = _collator_of(args, processing_class, columns)
+        elif not is_ours:
+            data_collator = WithoutPlaceholderLabels(data_collator, base_model.config.image_token_id)
+        if isinstance(data_collator, VWLmmDataCollator):
             # The collator finds what the assistant says. TRL would look for generation markers
             args.assistant_only_loss = False
         super().__init__(
@@ -122,6 +129,8 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         run_record = {"recipe": args.given_fields, **(run_record or {})}
         if is_peft_model(model):
             peft_config = model.active_peft_config
+        if args.save_only_trained:  # an adapter of whole parts, about which PEFT's settings say nothing
+            peft_config = None
         run = describe_run(
             name, base_model.config, args, trained_parts(base_model), peft_config, base_fingerprint, **run_record
         )
@@ -176,7 +185,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             positions = self.accelerator.reduce(positions, "sum")
         self._vw_positions_in_step = positions
         for name in ("lm_loss", "vw_loss") if batch_samples else ():
-            self._metrics["train"][name].append(0.0)  # an entry a step, to which its micro-batches add
+            self._metrics["train"][name].append(0.0)  # one entry a step; each micro-batch adds its share
         return batch_samples, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -21,7 +21,7 @@ def summary_of(trainer: VWLmmSFTTrainer) -> str:
     counts = {}
     for part, names in PARTS.items():
         parameters = [parameter for name in names for parameter in base_model.get_submodule(name).parameters()]
-        # A tied head is one of them twice
+        # A tied head shares its weight with the embeddings: it counts once
         counts[part] = sum({id(p): p.numel() for p in parameters if p.requires_grad}.values())
     trained = ", ".join(f"{part} ({count:,} weights)" for part, count in counts.items() if count)
     losses = ["text"] if trainer.scores_text else []
@@ -52,5 +52,7 @@ def _data(trainer: VWLmmSFTTrainer) -> str:
         batch = trainer.data_collator([dict(row) for row in islice(dataset, args.per_device_train_batch_size)])
     except ValueError:  # training will raise it where it meets this sample
         return samples
-    tokens = batch["attention_mask"].sum().item() * a_step // len(batch["attention_mask"])
+    mask = batch.get("attention_mask")  # TRL lays packed rows one after another, without one
+    tokens = mask.sum().item() if mask is not None else batch["input_ids"].numel()
+    tokens = tokens * a_step // min(args.per_device_train_batch_size, len(dataset))
     return f"{samples}, about {tokens:,} tokens a step"

@@ -42,7 +42,7 @@ def naming(words, names):
     """
     fits = np.array([[is_named(said, wanted) for wanted in names] for said in words], dtype=float)
     own = fits.diagonal()
-    return own, (fits.sum(1) - own) / (len(names) - 1)
+    return own, (fits.sum(1) - own) / max(len(names) - 1, 1)
 
 
 def mutual_information(words, kinds):
@@ -78,7 +78,8 @@ def read_held_out(path, folder):
     rows, records = load_conversations(path, folder), json.loads(Path(path).read_text(encoding="utf-8"))
     photos = []
     for row, record in zip(rows, records, strict=True):
-        texts = ["".join(part["text"] or "" for part in message["content"]).strip() for message in row["messages"]]
+        turns = [message for message in row["messages"] if message["role"] != "system"]
+        texts = ["".join(part["text"] or "" for part in message["content"]).strip() for message in turns]
         mask = Path(folder).with_name("masks") / record["image"]
         photos.append(
             {
@@ -113,19 +114,22 @@ def on_object(mask, side):
 
 
 def measure_answers(model, processor, photos, batch_size=32):
-    """`{question: (values, majority)}`: 1 for each photo that was answered right; the share of the usual answer."""
-    asked = [(photo["image"], *pair) for photo in photos for pair in photo["asked"]]
-    right, answers, said = defaultdict(list), defaultdict(Counter), []
+    """`{question: (values, majority)}`: 1 for each photo that was answered right; the share of the usual answer.
+
+    The answers themselves are kept in each photo's `answers`, in the order of its questions.
+    """
+    asked = [(photo, *pair) for photo in photos for pair in photo["asked"]]
+    right, answers = defaultdict(list), defaultdict(Counter)
     for start in range(0, len(asked), batch_size):
-        images, questions, expected = zip(*asked[start : start + batch_size], strict=True)
-        answered = answer(model, processor, list(images), questions)
-        for question, wanted, found in zip(questions, expected, answered, strict=True):
+        answered, questions, expected = zip(*asked[start : start + batch_size], strict=True)
+        texts = answer(model, processor, [photo["image"] for photo in answered], questions)
+        for photo, question, wanted, found in zip(answered, questions, expected, texts, strict=True):
             right[question].append(found == wanted.strip().rstrip(".").lower())
             answers[question][wanted] += 1
-            said.append((question, wanted, found))
+            photo.setdefault("answers", []).append(found)
     return {
         question: (values, answers[question].most_common(1)[0][1] / len(values)) for question, values in right.items()
-    }, said
+    }
 
 
 def measure_words(model, processor, photos):
@@ -168,7 +172,7 @@ def measure_words(model, processor, photos):
     return figures
 
 
-def draw(model, processor, photos, answers, path, relative=False, k=8):
+def draw(model, processor, photos, path, relative=False, k=8):
     """A picture of photos with the first word of every patch, and what the model says of them."""
     words = visual_words(model, processor, photos)
     scores = words - words.mean((0, 1)) if relative else words
@@ -179,7 +183,7 @@ def draw(model, processor, photos, answers, path, relative=False, k=8):
         texts = [processor.tokenizer.decode([token]) for token in first.tolist()]
         texts = [text.strip() or repr(text) for text in texts]
         tops.append([[pair] for pair in zip(texts, words[i].gather(-1, first[:, None])[:, 0].tolist(), strict=True)])
-    captions = [f"{photos[i]['asked'][0][0]} {answers[i]}" for i in chosen]
+    captions = [f"{photos[i]['asked'][0][0]} {photos[i]['answers'][0]}" for i in chosen]
     draw_words(processor, [photos[i]["image"] for i in chosen], tops, captions, columns=2).save(path)
 
 
@@ -194,7 +198,7 @@ def main(argv=None):
     model = AutoModelForCausalLM.from_pretrained(arguments.model).to(device).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
     photos = read_held_out(arguments.held_out, arguments.images)
-    answers, said = measure_answers(model, processor, photos)
+    answers = measure_answers(model, processor, photos)
     lines, results = [], []
     for question, (values, majority) in answers.items():
         lines.append(("visual-question-answering", f"right answers: {question}", values, {"majority": majority}))
@@ -223,14 +227,13 @@ def main(argv=None):
                 }
             )
     if arguments.save:
-        first = [found for question, _, found in said if question == photos[0]["asked"][0][0]]
         (Path(arguments.model) / EVAL_RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         examples = Path(arguments.model) / EXAMPLES
         examples.mkdir(exist_ok=True)
         for i, photo in enumerate(photos[:: -(-len(photos) // 8)]):
             photo["image"].save(examples / f"{i}.png")
         for name, relative in (("visual_words", False), ("relative_words", True)):
-            draw(model, processor, photos, first, Path(arguments.model) / f"{name}.png", relative)
+            draw(model, processor, photos, Path(arguments.model) / f"{name}.png", relative)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from modeling_vwlmm.hub.push import prepare
-from modeling_vwlmm.hub.redaction import without_paths
+from modeling_vwlmm.hub.redaction import without_home, without_paths, without_secrets
 from modeling_vwlmm.hub.repository import AUTO_MAP, fill_repository, make_harmless, read_folder
 
 
@@ -105,3 +105,16 @@ def test_files_of_other_names_stay(tmp_path, model_folder):
     fill_repository(model_folder, tmp_path / "staged")
     names = {path.name for path in (tmp_path / "staged").iterdir()}
     assert names.isdisjoint(others) and "LICENSE.md" in names
+
+
+def test_a_home_folder_of_the_root_leaves_links_alone(monkeypatch):
+    monkeypatch.setenv("HOME", "/")
+    text = "[x](https://huggingface.co/a/b) and a/b | 3/4"
+    assert without_home(text) == text
+
+
+@pytest.mark.parametrize("host", ["step", "1234"])
+def test_a_machine_that_is_called_like_a_key_or_a_number(monkeypatch, host):
+    monkeypatch.setattr("socket.gethostname", lambda: host)
+    log = {"step": 1, "loss": 0.1234, "node": f"on {host}"}
+    assert without_secrets(log) == {"step": 1, "loss": 0.1234, "node": "on host"}

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
 
 from helpers import ROOT
 from helpers.adapters import SWITCHES, base_folder, logits_of, train
-from helpers.conversations import conversations
-from helpers.tiny import LLMS, TOWERS, tiny_batch, without_labels
+from helpers.conversations import conversations, tiny_processor
+from helpers.tiny import LLMS, TOWERS, tiny_batch, tiny_model, without_labels
 from helpers.training import sft_config
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.trainer import VWLmmSFTTrainer
+from modeling_vwlmm.trainer.lora import LoraArguments
 
 
 def adapted(model):
@@ -247,3 +248,25 @@ def test_qlora(tmp_path, bits):
     )
     expected = before.state_dict()[f"{stem}.weight"] + delta
     torch.testing.assert_close(merged.state_dict()[f"{stem}.weight"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["align", "visual_words"])
+def test_layers_that_are_named_do_not_train_in_a_stage_without_the_llm(tmp_path, stage):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="an adapter trains the language_model, but what trains is"):
+        VWLmmSFTTrainer(
+            model,
+            sft_config(tmp_path, stage=stage),
+            train_dataset=conversations(),
+            processing_class=tiny_processor(model.config),
+            peft_config=LoraConfig(target_modules=["q_proj"]),
+        )
+
+
+def test_a_command_line_names_all_linear_layers_and_more_fields():
+    config = LoraArguments(use_peft=True, lora_target_modules=["all-linear"], lora_kwargs='{"use_rslora": true}')
+    config.use_rslora = False
+    with pytest.raises(ValueError, match="lora_kwargs do not fit"):
+        config.peft_config()  # given twice
+    config.lora_kwargs = '{"lora_bias": false}'
+    assert config.peft_config().target_modules == "all-linear"

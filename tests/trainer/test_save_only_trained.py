@@ -94,3 +94,21 @@ def test_a_base_that_has_changed_is_refused(tmp_path, base):
     with pytest.raises(ValueError, match="base has changed since .*alone was trained on it"):
         merge(tmp_path / "alone", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_what_no_adapter_saves_is_refused(tmp_path, base):
+    settings = {"stage": "align", "model_init_kwargs": {"pseudo_image_features": True}}
+    with pytest.raises(ValueError, match="an adapter has no config of its own"):
+        run(base, tmp_path / "out", save_only_trained=True, **settings)
+
+
+def test_its_record_says_nothing_of_lora(tmp_path, base):
+    assert run(base, tmp_path / "out", stage="align", save_only_trained=True).stages[-1]["peft"] is None
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.float32, torch.bfloat16, torch.float16])
+def test_merges_in_any_dtype(tmp_path, base, dtype):
+    run(base, tmp_path / "alone", stage="align", save_only_trained=True, save_strategy="no")
+    merge(tmp_path / "alone", tmp_path / "merged", dtype)
+    expected = torch.float32 if dtype == "auto" else dtype
+    assert VWLmmForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == expected
