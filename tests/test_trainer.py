@@ -185,10 +185,13 @@ def test_weight_0_is_trls_own_llava_training_step_by_step(tmp_path):
     ours.train()
     trls.train()
     for our_log, their_log in zip(ours.state.log_history[:-1], trls.state.log_history[:-1], strict=True):
-        assert {name: value for name, value in our_log.items() if name in their_log} == their_log
+        # TRL takes the head of every position where there is no Triton, we of the labelled ones: sums in another order
+        assert {name: value for name, value in our_log.items() if name in their_log} == pytest.approx(their_log, 1e-5)
         assert our_log["lm_loss"] == pytest.approx(our_log["loss"]) and our_log["vw_loss"] == 0
     theirs = stock.state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items() if name in theirs)
+    assert_same(
+        {name: tensor for name, tensor in model.state_dict().items() if name in theirs}, theirs, atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("target", ["visual_words", "language_model"])

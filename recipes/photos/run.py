@@ -48,7 +48,7 @@ and an EfficientNet-Lite0 (both Apache-2.0), and trained for minutes on a CPU: a
 knows little. {data}
 """
 STAMPS = (
-    "It saw 453 photos and drawings of single objects, the stamps of [Tux Paint](https://tuxpaint.org) (GPL-2). It is "
+    "It saw 451 photos and drawings of single objects, the stamps of [Tux Paint](https://tuxpaint.org) (GPL-2). It is "
     "measured on photos of objects that are not among them, whose names it therefore cannot know."
 )
 
