@@ -57,7 +57,8 @@ class ReadingCollator(VWLmmDataCollator):
     def __post_init__(self):
         super().__post_init__()
         self.random = random.Random(self.seed)
-        self.background = [token_of(word, self.processor.tokenizer) for word in BACKGROUND]
+        tokens = (token_of(word, self.processor.tokenizer) for word in BACKGROUND)
+        self.background = [token for token in tokens if token is not None]
 
     def torch_call(self, examples):
         batch = super().torch_call(examples)
@@ -68,7 +69,7 @@ class ReadingCollator(VWLmmDataCollator):
                 patches = places[start : start + self.side**2]
                 batch["input_ids"][row, patches] = torch.tensor(self.picture(words_of(example["messages"])))
                 # Some are enough to learn from, and the head is the dearest part of a step
-                chosen = patches[self.random.sample(range(len(patches)), self.labels)]
+                chosen = patches[self.random.sample(range(len(patches)), min(self.labels, len(patches)))]
                 batch["labels"][row, chosen] = batch["input_ids"][row, chosen]
         return batch
 

@@ -48,7 +48,7 @@ and an EfficientNet-Lite0 (both Apache-2.0), and trained for minutes on a CPU: a
 knows little. {data}
 """
 STAMPS = (
-    "It saw 453 photos and drawings of single objects, the stamps of [Tux Paint](https://tuxpaint.org) (GPL-2). It is "
+    "It saw 451 photos and drawings of single objects, the stamps of [Tux Paint](https://tuxpaint.org) (GPL-2). It is "
     "measured on photos of objects that are not among them, whose names it therefore cannot know."
 )
 
@@ -90,7 +90,7 @@ def prepare(arguments):
     new = ("--language-model", find_llm(), "--vision-tower", RUNS / "tower", "--vision-feature-layer", -1)
     run("-m", "modeling_vwlmm", "convert", *new, "--dtype", "float32", "--seed", arguments.seed, RUNS / "start")
     processor = AutoProcessor.from_pretrained(RUNS / "start")
-    # SmolLM2's own template begins every conversation with the same 25 tokens, half of what a picture takes
+    # SmolLM2's own template begins every conversation with the same 21 tokens, nearly as many as a picture takes
     processor.chat_template = (RECIPES / "chat_template.jinja").read_text(encoding="utf-8")
     processor.save_pretrained(RUNS / "start")
     return images
