@@ -94,6 +94,7 @@ def describe_run(
     trainable: list[str],
     peft_config: "PeftConfig | None" = None,
     base_fingerprint: str | None = None,
+    stage: str | None = None,
     dataset: str | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -106,11 +107,12 @@ def describe_run(
         trainable: the parts that train, see [`trained_parts`].
         peft_config: of the adapter, if one is trained.
         base_fingerprint: of the model that the stage starts from, see [`fingerprint`].
+        stage: what it is called, if it is none of `STAGES`.
         dataset: its name, as given.
         recipe: the fields that were given.
     """
     return {
-        "stage": args.stage,
+        "stage": stage or args.stage,
         "base_model": base_model or None,
         "base_fingerprint": base_fingerprint,
         "dataset": dataset,

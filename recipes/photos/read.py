@@ -130,9 +130,8 @@ def main(argv=None):
             side=round(model.config.image_seq_length**0.5),
             seed=config.seed,
         ),
-        run_record={"dataset": ", ".join(names)},
+        run_record={"stage": "read", "dataset": ", ".join(names)},
     )
-    trainer.stages[-1]["stage"] = "read"
     trainer.train()
     start_projector(model, processor.tokenizer, dataset, trainer.data_collator.background)
     trainer.save_model()
