@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIP
 
 from helpers import ROOT
 from helpers.command_line import CPU
-from helpers.conversations import picture, tiny_processor
+from helpers.conversations import tiny_processor
 from helpers.conversion import write_llava
 from helpers.hub_server import local_hub
 from helpers.published import write_published
@@ -36,7 +36,6 @@ def local(tmp_path, monkeypatch, model_folder, data):
     tokenizer.save_pretrained(llm)
     CLIPVisionModel(config.vision_config).save_pretrained(tower)
     CLIPImageProcessorPil().save_pretrained(tower)
-    picture(0).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     names = {
         "runs/quickstart/joint": str(model_folder),
@@ -45,6 +44,7 @@ def local(tmp_path, monkeypatch, model_folder, data):
         "lmsys/vicuna-7b-v1.5": str(llm),
         "openai/clip-vit-large-patch14-336": str(tower),
         "recipes/": f"{ROOT}/recipes/",
+        "hub_card/": f"{ROOT}/hub_card/",
         "learning_rate=2e-5": "use_cpu=True, bf16=False, max_steps=1, report_to='none'",
         "what color is the shape?": "w20 w21",
     }

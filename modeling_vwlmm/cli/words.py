@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("model", help="folder or repository")
     parser.add_argument("images", nargs="+", metavar="image", help="image files")
-    parser.add_argument("--output", help="the picture to write")
+    parser.add_argument("--output", help="the picture to write; this or --json is needed")
     parser.add_argument("--json", action="store_true", help="print the words and probabilities of every patch")
     parser.add_argument("--top", type=int, default=3, help="words of a patch in the JSON (default: 3)")
     parser.add_argument(
