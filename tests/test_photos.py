@@ -15,11 +15,17 @@ from PIL import Image
 RECIPES = Path(__file__).parent.parent / "recipes" / "photos"
 
 
+SCRIPTS = ("measure", "parts", "read", "run", "stamps", "tower")
+
+
 @pytest.fixture(autouse=True)
 def recipes(monkeypatch):
+    # Other recipes have scripts of the same names
+    for name in SCRIPTS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(RECIPES))
     yield
-    for name in ("measure", "parts", "read", "run", "stamps", "tower"):
+    for name in SCRIPTS:
         sys.modules.pop(name, None)
 
 
