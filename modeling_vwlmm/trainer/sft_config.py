@@ -41,7 +41,10 @@ class VWLmmSFTConfig(SFTConfig):
     )
     trainable: list[str] | None = field(
         default=None,
-        metadata={"help": "Parts that train, of vision_tower, projector, language_model, vm_head. All if neither this nor a stage is given."},
+        metadata={
+            "help": "Parts that train, of vision_tower, projector, language_model, vm_head. All if neither this nor a "
+            "stage is given."
+        },
     )
     visual_word_loss_weight: float | None = field(
         default=None, metadata={"help": "Weight of the visual-word loss. The model config's if not given."}
