@@ -42,6 +42,23 @@ def describe(value: Any) -> str:
 
 
 @contextlib.contextmanager
+def reading(what: str | os.PathLike) -> Iterator[None]:
+    """Raise what a library raises on a damaged file as a `ValueError` of one line that says what was read.
+
+    Nearly every type of error comes out of a config with a field of a wrong type. Errors that are clear already pass.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(what) in str(error):
+            raise
+        name = "" if type(error) in (ValueError, Exception) else f"{type(error).__name__}: "
+        raise ValueError(f"{what} cannot be read: {name}{error}") from error
+
+
+@contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A folder that appears under its name once all of it is written, and never if anything fails.
 

@@ -1,7 +1,6 @@
 """`vwlmm convert`: turns another checkpoint into a VW-LMM model, or a VW-LMM model into a LLaVA one."""
 
-import argparse
-
+from .errors import Parser
 from .shared import quiet
 
 
@@ -10,7 +9,7 @@ EXAMPLE = "vwlmm convert MYTH-Lab/VW-LMM-Vicuna-7b vw-lmm-vicuna-7b"
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vwlmm convert",
         description="Make a VW-LMM model out of a published VW-LMM checkpoint, a LLaVA checkpoint (in the original's "
         "layout or transformers'), or an LLM and a vision tower. With --to llava, make a LLaVA checkpoint out of a "

@@ -1,7 +1,6 @@
 """`vwlmm generate`: answers a question about images."""
 
-import argparse
-
+from .errors import Parser
 from .shared import load, open_pictures
 
 
@@ -10,7 +9,7 @@ EXAMPLE = 'vwlmm generate runs/quickstart/joint cat.png --prompt "what is this?"
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vwlmm generate",
         description="Answer a question about images. The answer is printed word by word.",
         epilog=f"example: {EXAMPLE}",

@@ -2,9 +2,9 @@
 
 import sys
 
-from huggingface_hub.errors import StrictDataclassError
-
 from . import convert, generate, merge, push, train, words
+from .errors import check_texts, is_bad_input, refuse
+from .shared import limit_waiting
 
 
 # `vwlmm --help` lists them in this order
@@ -12,7 +12,10 @@ VERBS = {"train": train, "convert": convert, "merge": merge, "push": push, "gene
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a verb. A wrong call or bad input ends with one line on stderr and exit status 2."""
+    """Run a verb.
+
+    A wrong call or bad input ends with one line on stderr and exit status 2, a fault of ours with its traceback and 1.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in ("-h", "--help"):
         print(_overview())
@@ -21,14 +24,14 @@ def main(argv: list[str] | None = None) -> None:
         message = f'vwlmm: no verb "{argv[0]}", there are: {", ".join(VERBS)}' if argv else _overview()
         print(message, file=sys.stderr)
         sys.exit(2)
+    limit_waiting()
     try:
+        check_texts(argv)
         VERBS[argv[0]].main(argv[1:])
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-        message = str(error)
-        if "Original Traceback" in message:  # torch's DataLoader appends the error of its worker
-            message = message.strip().splitlines()[-1]
-        print(f"vwlmm {argv[0]}: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        if not is_bad_input(error):
+            raise
+        refuse(f"vwlmm {argv[0]}", error)
     except KeyboardInterrupt as stop:
         print(f"\nvwlmm {argv[0]}: interrupted{stop}", file=sys.stderr)
         sys.exit(130)

@@ -1,7 +1,6 @@
 """`vwlmm merge`: merges an adapter into its base model."""
 
-import argparse
-
+from .errors import Parser
 from .shared import quiet
 
 
@@ -10,7 +9,7 @@ EXAMPLE = "vwlmm merge runs/7b/lora runs/7b/merged"
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vwlmm merge",
         description="Merge an adapter into the model that it was trained on. The merged model needs no PEFT.",
         epilog=f"example: {EXAMPLE}",

@@ -1,9 +1,9 @@
 """`vwlmm push`: shares a model on the Hub."""
 
-import argparse
 import sys
 from pathlib import Path
 
+from .errors import Parser
 from .shared import quiet
 
 
@@ -12,7 +12,7 @@ EXAMPLE = "vwlmm push runs/quickstart/joint vwlmm-easy-vqa --private"
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vwlmm push",
         description="Push a model or an adapter to the Hub, with its processor, card, logs and code. It is first "
         "loaded, with and without this package; afterwards the files in the repository are compared with those sent.",

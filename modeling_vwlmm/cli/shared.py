@@ -3,12 +3,26 @@
 import sys
 from typing import TYPE_CHECKING
 
+from ..files import reading
+
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import LlavaProcessor
 
     from ..modeling_vwlmm import VWLmmForCausalLM
+
+
+WAIT = 30.0  # seconds for the Hub to answer
+
+
+def limit_waiting() -> None:
+    """Give requests to the Hub a timeout: huggingface_hub's own waits forever for a server that does not answer."""
+    import httpx2
+    from huggingface_hub import get_session, set_client_factory
+
+    hooks = get_session().event_hooks
+    set_client_factory(lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=WAIT))
 
 
 def quiet() -> None:
@@ -29,8 +43,10 @@ def load(folder: str) -> tuple["VWLmmForCausalLM", "LlavaProcessor"]:
 
     quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = VWLmmForCausalLM.from_pretrained(folder).to(device).eval()
-    return model, AutoProcessor.from_pretrained(folder)
+    with reading(f"the model {folder}"):
+        model = VWLmmForCausalLM.from_pretrained(folder).to(device).eval()
+    with reading(f"the processor of {folder}"):
+        return model, AutoProcessor.from_pretrained(folder)
 
 
 def open_pictures(paths: list[str]) -> "list[Image.Image]":

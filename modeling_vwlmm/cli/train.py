@@ -1,11 +1,14 @@
 """`vwlmm train`: trains a model as a recipe says."""
 
-import argparse
 import difflib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
+
+from ..files import reading
+from .errors import Parser, check_texts
 
 
 if TYPE_CHECKING:
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "train a model, as a recipe says"
 EXAMPLE = "vwlmm train --config recipes/stage2_instruct.yaml --learning_rate 1e-5"
+LONGEST_RECIPE = 10_000  # values
 
 
 @dataclass
@@ -49,16 +53,19 @@ def _parse(argv: list[str]) -> "tuple[TrainArguments, VWLmmSFTConfig, LoraArgume
     """The arguments of the run, and those of them that the recipe or the command line names, for its record."""
     from trl import TrlParser
 
+    class RecipeParser(Parser, TrlParser):
+        pass
+
     from ..trainer import VWLmmSFTConfig
     from ..trainer.lora import LoraArguments
     from ..training_run import given_fields
 
-    recipe_parser = argparse.ArgumentParser(prog="vwlmm train", add_help=False, allow_abbrev=False)
+    recipe_parser = Parser(prog="vwlmm train", add_help=False, allow_abbrev=False)
     recipe_parser.add_argument(
         "--config", metavar="RECIPE", help="the recipe, a YAML file of the fields below; arguments override it"
     )
     kinds = (TrainArguments, VWLmmSFTConfig, LoraArguments)
-    parser = TrlParser(
+    parser = RecipeParser(
         kinds, prog="vwlmm train", allow_abbrev=False, parents=[recipe_parser], epilog=f"example: {EXAMPLE}"
     )
     named = {part[2:].split("=")[0].replace("-", "_") for part in argv if part.startswith("--")}
@@ -79,11 +86,13 @@ def _read_recipe(path: str, known: list[str]) -> dict[str, Any]:
     """The fields of a recipe, which must be known. Its `env` goes to the environment, as TRL's own reader does it."""
     import yaml
 
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         try:
             recipe = yaml.safe_load(file)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
+    with reading(path):
+        check_texts(list(_texts_of(recipe)))
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} is not a recipe: expected a YAML mapping of fields to values")
     environment = recipe.pop("env", {})
@@ -95,6 +104,22 @@ def _read_recipe(path: str, known: list[str]) -> dict[str, Any]:
             raise ValueError(f'{path}: unknown field "{name}"' + (f', is "{close[0]}" meant?' if close else ""))
     os.environ.update({str(name): str(value) for name, value in environment.items()})
     return recipe
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    """All texts in a value; `ValueError` if it is endless, or its aliases make it too large to write down."""
+    queue = [value]
+    for _ in range(LONGEST_RECIPE):
+        if not queue:
+            return
+        item = queue.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            queue += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, set, tuple)):
+            queue += item
+    raise ValueError(f"aliases make it larger than {LONGEST_RECIPE:,} values")
 
 
 def _load(

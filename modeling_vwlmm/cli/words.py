@@ -1,9 +1,9 @@
 """`vwlmm words`: draws visual words over images."""
 
-import argparse
 import json
 import sys
 
+from .errors import Parser
 from .shared import load, open_pictures
 
 
@@ -13,7 +13,7 @@ BLANK = 0.9  # the share of patches that one word may have without a warning
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vwlmm words",
         description="Lay the most probable visual word of every patch over the images.",
         epilog=f"example: {EXAMPLE}",

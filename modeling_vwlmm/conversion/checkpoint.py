@@ -24,7 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..configuration_vwlmm import VWLmmConfig
-from ..files import new_folder, read_json_object
+from ..files import new_folder, read_json_object, reading
 from ..modeling_vwlmm import VWLmmForCausalLM, VWLmmMultiModalProjector
 from ..training_run import write_training_run
 from ..weights import StoredTensor, check_weights, stored, write_weights
@@ -148,7 +148,8 @@ def with_prefix(
 
 def vision_tower_weights(vision_tower: str | os.PathLike, vision_config: PreTrainedConfig) -> dict[str, StoredTensor]:
     """The weights of a vision tower under their names in the whole model."""
-    tower = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype="auto")
+    with reading(vision_tower):
+        tower = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype="auto")
     return with_prefix("model.vision_tower.", tower.state_dict(), vision_tower)
 
 
@@ -168,12 +169,14 @@ def read_vision_tower(vision_tower: str | os.PathLike) -> tuple[PreTrainedConfig
             projection_dim=768,
         )
         return config, {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
-    config = AutoConfig.from_pretrained(vision_tower)
+    with reading(f"the config of {vision_tower}"):
+        config = AutoConfig.from_pretrained(vision_tower)
     config = getattr(config, "vision_config", config)  # CLIP and SigLIP have a text model beside it
     about_the_folder = ("_name_or_path", "architectures", "dtype", "transformers_version")
     fields = {name: value for name, value in config.to_dict().items() if name not in about_the_folder}
-    config = type(config).from_dict(fields)
-    pixels, _ = BaseImageProcessor.get_image_processor_dict(vision_tower)
+    with reading(f"the config of {vision_tower}"):
+        config = type(config).from_dict(fields)
+        pixels, _ = BaseImageProcessor.get_image_processor_dict(vision_tower)
     return config, pixels
 
 
@@ -182,14 +185,16 @@ def read_processor(folder: Path) -> LlavaProcessor | None:
     names = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
     if not any((folder / name).is_file() for name in names):
         return None
-    return AutoProcessor.from_pretrained(folder)
+    with reading(f"the processor of {folder}"):
+        return AutoProcessor.from_pretrained(folder)
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
     """The generation config of a folder, which transformers can save again."""
     if not (folder / "generation_config.json").is_file():
         return GenerationConfig()
-    config = GenerationConfig.from_pretrained(folder)
+    with reading(folder / "generation_config.json"):
+        config = GenerationConfig.from_pretrained(folder)
     if not config.do_sample:
         # Without sampling these fields do nothing, but transformers refuses to save a config that has them
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):

@@ -10,6 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..configuration_vwlmm import VWLmmConfig
+from ..files import reading
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..weights import StoredTensor, read_weights, stored
 from .checkpoint import (
@@ -26,8 +27,8 @@ from .checkpoint import (
 
 def from_llava(folder: Path, vm_head: str, seed: int) -> Checkpoint:
     """The VW-LMM model that a LLaVA checkpoint of transformers becomes. `vm_head`, `seed`: as for [`convert`]."""
-    llava_config = LlavaConfig.from_pretrained(folder)
-    with torch.device("meta"):
+    with reading(f"the config of {folder}"), torch.device("meta"):
+        llava_config = LlavaConfig.from_pretrained(folder)
         llava = LlavaForConditionalGeneration(llava_config)
     mapping = get_model_conversion_mapping(llava)
     tensors = {name: tensor for name, tensor in read_weights(folder).items() if not RECOMPUTED.search(name)}

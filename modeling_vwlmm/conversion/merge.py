@@ -8,7 +8,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor
 
-from ..files import new_folder
+from ..files import new_folder, reading
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..training_run import TRAINED_WITH, fingerprint, read_training_run, write_training_run
 
@@ -27,9 +27,11 @@ def merge(adapter: str | os.PathLike, destination: str | os.PathLike, dtype: str
     """
     model = merged_model(adapter, dtype=dtype)
     try:
-        processor = AutoProcessor.from_pretrained(adapter)
+        with reading(f"the processor of {adapter}"):
+            processor = AutoProcessor.from_pretrained(adapter)
     except (OSError, ValueError):  # it has none, as PEFT saves it by itself
-        processor = AutoProcessor.from_pretrained(model.config.name_or_path)
+        with reading(f"the processor of {model.config.name_or_path}"):
+            processor = AutoProcessor.from_pretrained(model.config.name_or_path)
     with new_folder(destination) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -47,14 +49,16 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
         ValueError: the adapter does not fit its base, or adding it changes nothing.
     """
     try:
-        name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
-    except (ValueError, TypeError, KeyError) as error:
+        with reading(adapter):
+            name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
+    except ValueError as error:
         raise ValueError(
             f"{adapter} is no adapter: expected a folder or repository with adapter_config.json"
         ) from error
     dtype = kwargs.pop("dtype", "auto")
     try:
-        base = VWLmmForCausalLM.from_pretrained(name, dtype="auto", **kwargs)
+        with reading(f"{name}, the base model of {adapter},"):
+            base = VWLmmForCausalLM.from_pretrained(name, dtype="auto", **kwargs)
     except OSError as error:
         raise FileNotFoundError(f"{name}, the base model of {adapter}, cannot be loaded: {error}") from error
     if base.config.to_dict().get("quantization_config"):
@@ -66,8 +70,9 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
         base.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     before = _digests(base)
     try:
-        model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
-    except (KeyError, RuntimeError) as error:  # a tensor is missing or has another shape
+        with reading(adapter):
+            model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+    except ValueError as error:  # a tensor is missing or has another shape
         raise ValueError(f"{adapter} does not fit {name}, its base model: {error}") from error
     if _digests(model) == before:
         raise ValueError(

@@ -6,7 +6,16 @@ import socket
 from typing import Any
 
 
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+# What gives access to something: the part that a text loses. Each has a form of its own, so that a hash is none
+_TOKEN = re.compile(
+    r"\bhf_[A-Za-z0-9]{30,}"
+    r"|\bsk-[\w-]{20,}|\bAIza[\w-]{35}|\bAKIA[0-9A-Z]{16}\b|\bxox[abeoprs]-[\w-]{10,}|\bglpat-[\w-]{20,}"
+    r"|\bgh[opsur]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bwandb_v\d_\w{20,}"
+    r"|(?i:(?<=wandb)[^\n]{0,30}\b[0-9a-f]{40}\b|\bapi[_-]?key\b\W{1,5}[0-9a-f]{40}\b)"
+    r"|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"  # user:password
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----)?",
+    re.DOTALL,
+)
 _PATH = re.compile(
     r"""(?<![\w.:/\\<>~*)-])(?:file://|~[\w-]*)?(?:/[^/\s"',;:()]+)+/?"""  # /home/me/x, ~/x
     r"""|(?<!\w)[A-Za-z]:[\\/][^\s"',;]+|\\\\[\w.-]+\\[^\s"',;]+"""  # C:\x, \\host\x
@@ -21,8 +30,14 @@ def base_name(path: str) -> str:
 
 
 def holds_token(text: str, token: str | None = None) -> bool:
-    """Whether a text holds this token, or anything that looks like a token of the Hub."""
+    """Whether a text holds this token, or anything that looks like a token, password or private key."""
     return bool(_TOKEN.search(text)) or bool(token and token in text)
+
+
+def without_tokens(text: str, token: str | None = None) -> str:
+    """A text without this token, and without anything that looks like a token, password or private key."""
+    text = text.replace(token, "***") if token else text
+    return _TOKEN.sub(lambda match: "hf_***" if match[0].startswith("hf_") else "***", text)
 
 
 def without_code(value: Any) -> Any:
@@ -43,7 +58,7 @@ def without_secrets(value: Any) -> Any:
     host = socket.gethostname()
     if len(host) > 3 and host != "localhost":
         value = re.sub(rf"\b{re.escape(host)}\b", "host", value)
-    return _TOKEN.sub("hf_***", value)
+    return without_tokens(value)
 
 
 def without_home(text: str) -> str:

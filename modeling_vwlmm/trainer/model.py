@@ -10,6 +10,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..configuration_vwlmm import VWLmmConfig
 from ..conversion.merge import merged_model
+from ..files import reading
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..stages import STAGES, missing_stage, train_only, trained_parts
 from .lora import for_language_model, parts_alone, skip_small_parts
@@ -43,7 +44,8 @@ def load_model(
         model = merged_model(name, **{"dtype": "float32", **model_init_kwargs})
         model.config.name_or_path = name
         return model
-    model = create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
+    with reading(f"the model {name}"):
+        model = create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
     if args.deepspeed_plugin is not None:
         model._weight_conversions = []  # loaded under ZeRO-3, it would be saved with stock LLaVA's names
     return model

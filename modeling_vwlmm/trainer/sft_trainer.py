@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from ..data.collator import VWLmmDataCollator, WithoutPlaceholderLabels
 from ..data.load import columns_of, number_samples
+from ..files import reading
 from ..hub.card import write_card
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..stages import trained_parts
@@ -95,7 +96,8 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         if processing_class is None:
             if not base_model.config.name_or_path:
                 raise ValueError("a model that was not loaded from anywhere needs a processing_class")
-            processing_class = AutoProcessor.from_pretrained(base_model.config.name_or_path)
+            with reading(f"the processor of {base_model.config.name_or_path}"):
+                processing_class = AutoProcessor.from_pretrained(base_model.config.name_or_path)
         # TRL's own pipeline for text tokenizes beforehand, and is used where it is asked for
         is_text = args.packing or args.padding_free or kwargs.get("formatting_func") is not None
         # Another collator gets its rows as they are: it may want images that datasets has opened

@@ -1,19 +1,27 @@
 """Calls of `vwlmm` that are no good, its help."""
 
 import os
+import pickle
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx2
 import pytest
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import constants, get_session
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import ROOT
 from helpers.command_line import error_of
 from helpers.conversations import picture
-from modeling_vwlmm.cli import main
+from modeling_vwlmm.cli import main, shared
 from modeling_vwlmm.cli.main import VERBS
+from modeling_vwlmm.files import reading
 
 
 def test_bad_calls_are_one_line_and_status_2(tmp_path, capsys, model_folder):
@@ -55,3 +63,76 @@ def test_help_has_an_example(capsys):
     printed = subprocess.run([sys.executable, "-m", "modeling_vwlmm"], capture_output=True, text=True, cwd=ROOT)
     assert printed.returncode == 2 and "usage: vwlmm" in printed.stderr
     assert all(verb.SUMMARY in printed.stderr and verb.EXAMPLE in printed.stderr for verb in VERBS.values())
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (SafetensorError("header too large"), "header too large"),
+        (pickle.UnpicklingError("bad"), "bad"),
+        (EOFError(), "EOFError"),
+        (MemoryError(), "not enough memory"),
+        (TemplateError("no template"), "no template"),
+        (httpx2.ReadTimeout("timed out"), "timed out"),
+        (DatasetGenerationError("no data"), "no data"),
+        (Exception("of tokenizers"), "of tokenizers"),
+        (
+            ValueError(f"two\nlines with hf_{'a' * 34} and https://me:pass@host"),
+            "two lines with hf_*** and https://***@",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_bad_input_is_one_line_without_tokens_whatever_a_library_raises(monkeypatch, capsys, error, says):
+    monkeypatch.setattr(VERBS["words"], "main", lambda argv: throw(error))
+    assert says in error_of(capsys, "words")
+
+
+@pytest.mark.parametrize("error", [KeyError("a"), TypeError("a"), AttributeError("a"), RuntimeError("a")])
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, error):
+    monkeypatch.setattr(VERBS["words"], "main", lambda argv: throw(error))
+    with pytest.raises(type(error)):
+        main(["words"])
+
+
+def test_what_a_library_raises_while_it_reads_a_file_names_the_file():
+    with pytest.raises(ValueError, match="^here.json cannot be read: KeyError: 'a'$"), reading("here.json"):
+        throw(KeyError("a"))
+    with pytest.raises(FileNotFoundError), reading("here.json"):
+        throw(FileNotFoundError("here.json"))
+
+
+def throw(error):
+    raise error
+
+
+def test_wrong_calls_do_not_print_the_whole_usage(capsys, model_folder):
+    assert "invalid int value: 'many'" in error_of(capsys, "words", "a", "b.png", "--json", "--top", "many")
+    assert "invalid float value: 'fast'" in error_of(capsys, "train", "--learning_rate", "fast")
+
+
+def test_names_that_are_not_utf8_are_refused_at_the_start(tmp_path, capsys):
+    assert "is not UTF-8" in error_of(capsys, "train", "--output_dir", str(tmp_path / "a\udcff"))
+    (tmp_path / "recipe.yaml").write_text('output_dir: "a\\udcff"')
+    assert "is not UTF-8" in error_of(capsys, "train", "--config", str(tmp_path / "recipe.yaml"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: &a [*a]", "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['x'])}]" for i in range(9)])],
+    ids=["endless", "bomb"],
+)
+def test_recipes_that_their_aliases_blow_up_are_refused(tmp_path, capsys, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert "recipe.yaml cannot be read: aliases" in error_of(
+        capsys, "train", "--config", str(tmp_path / "recipe.yaml")
+    )
+
+
+def test_a_hub_that_does_not_answer_ends_the_wait(monkeypatch, capsys):
+    monkeypatch.setattr(shared, "WAIT", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(VERBS["words"], "main", lambda argv: get_session().get(url))
+        assert "timed out" in error_of(capsys, "words")
