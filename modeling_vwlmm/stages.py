@@ -22,6 +22,8 @@ STAGES = {
         "visual_word_loss_weight": 1.0,
         "visual_word_target": "visual_words",
     },
+    # Before the paper's four: the LLM reads words where images will stand, see `ReadingCollator`
+    "read": {"trainable": ["language_model"], "visual_word_loss_weight": 0.0},
 }
 
 
@@ -29,16 +31,15 @@ STAGES = {
 COMES_AFTER = {"instruct": "align", "visual_words": "instruct", "joint": "visual_words"}
 
 
-def missing_stage(stage: str | None, records: list[dict]) -> str | None:
-    """The stage that should have come before; None if it did, or if the model has no record.
+def stages_of(records: list[dict]) -> list[str]:
+    """The names of the stages that made a model, from its records, see [`read_training_run`]."""
+    return [str(name) for record in records for name in [record.get("stage"), *record.get("stages_before", [])]]
 
-    Args:
-        stage: a key of `STAGES`.
-        records: the stages that made the model, see [`read_training_run`].
-    """
+
+def missing_stage(stage: str | None, records: list[dict]) -> str | None:
+    """The stage that should have come before `stage`; None if it did, or if the model has no record."""
     before = COMES_AFTER.get(stage or "")
-    done = {name for record in records for name in [record.get("stage"), *record.get("stages_before", [])]}
-    return before if records and before not in done else None
+    return before if records and before not in stages_of(records) else None
 
 
 def trained_parts(model: torch.nn.Module) -> list[str]:

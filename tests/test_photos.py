@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from PIL import Image
 RECIPES = Path(__file__).parent.parent / "recipes" / "photos"
 
 
-SCRIPTS = ("measure", "parts", "read", "run", "stamps", "tower")
+SCRIPTS = ("measure", "parts", "run", "stamps", "tower")
 
 
 @pytest.fixture(autouse=True)
@@ -71,17 +70,6 @@ def test_patches_of_an_object():
     assert on_object(None, 2).all()
 
 
-def test_what_names_a_picture():
-    from read import words_of
-
-    said = "A great blue heron, a bird. It is an animal, yes! A bird."
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": "Is it a plant?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": said}]},
-    ]
-    assert words_of(messages) == ["great", "blue", "heron", "bird", "animal"]
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Stamps of eight birds, of which one has two, and of a tree."""
@@ -119,6 +107,7 @@ def test_the_data_load_and_the_masks_say_where_the_objects_are(folder, tmp_path)
     train, held_out = make(folder, tmp_path / "data", copies=2)
     images = tmp_path / "data/images"
     assert len(load_conversations(str(tmp_path / "data/captions.json"), images)) == 2 * train
+    assert len(load_conversations(str(tmp_path / "data/reading.json"), images)) == 4 * train
     rows = load_conversations(str(tmp_path / "data/conversations.json"), images)
     assert {message["role"] for row in rows for message in row["messages"]} == {"user", "assistant"}
     photos = read_held_out(tmp_path / "data/held_out.json", images)
@@ -127,39 +116,6 @@ def test_the_data_load_and_the_masks_say_where_the_objects_are(folder, tmp_path)
         assert dict(photo["asked"])["Which sort of that is it?"] == "bird" and "bird" in photo["names"]
         red = np.asarray(photo["image"])[photo["mask"]].mean(0)
         assert red[0] > 240 > 20 > red[1] and 0 < on_object(photo["mask"], 5).sum() < 25
-
-
-def test_what_an_llm_reads_where_an_image_will_stand():
-    """Words on a rectangle, a background around it, and labels on some of both."""
-    from read import ReadingCollator
-
-    collator = ReadingCollator.__new__(ReadingCollator)
-    collator.side, collator.random, collator.background = 4, random.Random(0), [7]
-
-    class Tokenizer:
-        def encode(self, text, add_special_tokens):
-            return {" owl": [1], " bird": [2], " flamingo": [3, 4]}[text]
-
-    collator.processor = type("Processor", (), {"tokenizer": Tokenizer()})
-    for _ in range(20):
-        grid = np.array(collator.picture(["owl", "flamingo", "bird"])).reshape(4, 4)
-        rows, columns = (grid != 7).any(1).nonzero()[0], (grid != 7).any(0).nonzero()[0]
-        assert set(grid.flatten()) <= {1, 2, 7}
-        assert (grid[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] != 7).all()
-
-
-def test_the_reading_recipe_is_one_of_the_script(tmp_path):
-    from read import ReadArguments
-    from trl import TrlParser
-
-    from modeling_vwlmm.trainer import VWLmmSFTConfig
-
-    recipe = RECIPES / "read.yaml"
-    assert recipe.read_text().startswith("# python recipes/photos/read.py --config recipes/photos/read.yaml\n")
-    arguments, config = TrlParser((ReadArguments, VWLmmSFTConfig)).parse_args_and_config(
-        ["--config", str(recipe), "--output_dir", str(tmp_path)]
-    )
-    assert len(arguments.dataset) == 2 and config.trainable == ["language_model"]
 
 
 @pytest.mark.parametrize("name", ["mine.json", "mine.jsonl"])
@@ -174,9 +130,10 @@ def test_own_pictures_are_split_by_image(tmp_path, monkeypatch, name):
     assert split_own(name, tmp_path / "data") == (21, 3)
     found = {
         part: {record["image"] for record in json.loads((tmp_path / f"data/{part}.json").read_text())}
-        for part in ("captions", "conversations", "held_out")
+        for part in ("captions", "conversations", "held_out", "reading")
     }
-    assert found["captions"] == found["conversations"] and not found["captions"] & found["held_out"]
+    assert found["captions"] == found["conversations"] == found["reading"]
+    assert not found["captions"] & found["held_out"]
     assert len(found["captions"] | found["held_out"]) == 24
 
 

@@ -14,7 +14,6 @@ from ..configuration_vwlmm import VWLmmConfig
 from ..files import read_json_object
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..processing import IMAGE_MARKER, make_processor, read_chat_template
-from ..stages import STAGES
 from ..weights import read_weights
 from .checkpoint import (
     RECOMPUTED,
@@ -197,5 +196,5 @@ def from_published(
         raise
     template = read_chat_template(kind.chat_template)
     processor = make_processor(config, tokenizer, pixels["image_mean"], pixels["image_std"], template)
-    stages_before = tuple(STAGES) if has_vm_head else ("align", "instruct")
+    stages_before = ("align", "instruct", *(("visual_words", "joint") if has_vm_head else ()))
     return Checkpoint(config, tensors, processor, read_generation_config(folder), stages_before)

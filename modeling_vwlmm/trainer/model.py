@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
+from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers.modeling_utils import set_zero3_state
 from transformers.utils import find_adapter_config_file
@@ -10,9 +12,11 @@ from trl.trainer.utils import create_model_from_path
 
 from ..configuration_vwlmm import VWLmmConfig
 from ..conversion.merge import merged_model
+from ..data.load import columns_of
+from ..data.reading import background_tokens, frequent_tokens
 from ..files import reading
 from ..modeling_vwlmm import VWLmmForCausalLM
-from ..stages import STAGES, missing_stage, train_only, trained_parts
+from ..stages import STAGES, missing_stage, stages_of, train_only, trained_parts
 from .lora import for_language_model, parts_alone, skip_small_parts
 from .sft_config import VWLmmSFTConfig
 
@@ -126,11 +130,42 @@ def doubts_about(args: VWLmmSFTConfig, base_model: str, stages: list[dict], has_
         trained = ", ".join(run["trainable"])
         doubts.append(f"neither stage nor trainable is given, so that all of these train: {trained}")
     if missing := missing_stage(args.stage, before):
-        done = ", ".join(
-            name for record in before for name in [str(record.get("stage")), *record.get("stages_before", [])]
-        )
         doubts.append(
             f'stage "{args.stage}" comes after "{missing}", which {base_model} has not been through: its record has '
-            f"{done}"
+            f"{', '.join(stages_of(before))}"
+        )
+    if args.stage == "read" and "align" in stages_of(before):
+        doubts.append(
+            f'stage "read" comes before "align": it changes the LLM that the projector of {base_model} was trained for'
         )
     return doubts
+
+
+@torch.no_grad()
+def start_projector(model: VWLmmForCausalLM | PeftModel, args: VWLmmSFTConfig, processor: Any, dataset: Any) -> None:
+    """Let the projector start as a dictionary, whose hidden units stand for the most frequent words of the data.
+
+    Its output is at first the words for a background, which the LLM can read, see [`ReadingCollator`]. Each unit adds
+    the embedding of its word to that: with E the embeddings, b their mean over the background's words and u(i) the
+    word of unit i, the second layer's bias is b and the column i of its weight E_u(i) - b.
+
+    Raises:
+        ValueError: the projector does not train, is no two layers with biases, or its weights are elsewhere; the data
+            are a stream or no `messages`, or the LLM has no token for their words.
+    """
+    trainable = args.trainable or STAGES.get(args.stage or "", {}).get("trainable", [])
+    if is_peft_model(model) or "projector" not in trainable:
+        raise ValueError("projector_from_words starts the projector anew, which has to be among the trainable parts")
+    projector, embeddings = model.model.multi_modal_projector, model.get_input_embeddings().weight
+    bias = getattr(getattr(projector, "linear_2", None), "bias", None)
+    if bias is None or bias.shape != embeddings.shape[1:]:
+        raise ValueError("projector_from_words is for a projector of two layers with biases whose weights are at hand")
+    if isinstance(dataset, IterableDataset) or "messages" not in columns_of(dataset):
+        raise ValueError("projector_from_words counts the words of `messages`, and cannot count those of a stream")
+    tokenizer = processor.tokenizer
+    words = (row["messages"] for row in dataset.select_columns("messages"))
+    tokens = frequent_tokens(words, tokenizer)[: projector.linear_2.in_features]
+    start = embeddings[background_tokens(tokenizer)].mean(0)
+    projector.linear_1.weight.mul_(0.1)  # otherwise many words at once would be louder than the background
+    bias.copy_(start)
+    projector.linear_2.weight[:, : len(tokens)] = (embeddings[tokens] - start).t()

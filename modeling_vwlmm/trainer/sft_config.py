@@ -15,8 +15,9 @@ class VWLmmSFTConfig(SFTConfig):
 
     Args:
         stage (`str`, *optional*):
-            One of the paper's four, `"align"`, `"instruct"`, `"visual_words"` and `"joint"`: it stands for the fields
-            below, see `STAGES`, where they are not given.
+            One of the paper's four, `"align"`, `"instruct"`, `"visual_words"` and `"joint"`, or the one before them,
+            `"read"`, in which words stand where images will, see [`ReadingCollator`]. It stands for the next four
+            fields, see `STAGES`, where they are not given.
         trainable (`list[str]`, *optional*):
             Which parts train, of `"vision_tower"`, `"projector"`, `"language_model"` (its head included) and
             `"vm_head"`; the others are frozen. The model's own `requires_grad` if not given. With a `peft_config` the
@@ -27,6 +28,9 @@ class VWLmmSFTConfig(SFTConfig):
         assistant_only_loss (`bool`, *optional*):
             Whether `messages` are scored on what the assistant says alone, with any chat template that renders turns
             one after another. They are, if not given.
+        projector_from_words (`bool`, *optional*, defaults to `False`):
+            Whether the projector starts as a dictionary of the most frequent words of the training data, see
+            [`start_projector`], whatever it was before. For a stage `"align"`.
         save_only_trained (`bool`, *optional*, defaults to `False`):
             Whether the parts that train are saved alone, as an adapter of the model that they were trained on. For
             stages that do not train the LLM. The folder loads as long as that model is where it was; `vwlmm merge`
@@ -37,7 +41,8 @@ class VWLmmSFTConfig(SFTConfig):
     """
 
     stage: str | None = field(
-        default=None, metadata={"help": "align, instruct, visual_words or joint: sets the fields below if not given."}
+        default=None,
+        metadata={"help": "align, instruct, visual_words, joint or read: sets the next four fields if not given."},
     )
     trainable: list[str] | None = field(
         default=None,
@@ -66,7 +71,12 @@ class VWLmmSFTConfig(SFTConfig):
             "help": "Compute the text loss only on what the assistant says. So it is for `messages` if not given."
         },
     )
-
+    projector_from_words: bool = field(
+        default=False,
+        metadata={
+            "help": "Start the projector as a dictionary of the data's most frequent words, instead of as it is."
+        },
+    )
     save_only_trained: bool = field(
         default=False,
         metadata={"help": "Save what trained alone, as an adapter of its base model, where the LLM is frozen."},

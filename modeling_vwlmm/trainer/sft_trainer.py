@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from ..data.collator import VWLmmDataCollator, WithoutPlaceholderLabels
 from ..data.load import columns_of, number_samples
+from ..data.reading import ReadingCollator
 from ..files import reading
 from ..hub.card import write_card
 from ..modeling_vwlmm import VWLmmForCausalLM
@@ -26,7 +27,7 @@ from .checkpoints import WholeCheckpoints
 from .fused_head import add_visual_word_loss
 from .hub_mixin import HubMixin
 from .lora import keep_precision
-from .model import check_adapter_config, doubts_about, load_model, set_stage, trains_only_the_vm_head
+from .model import check_adapter_config, doubts_about, load_model, set_stage, start_projector, trains_only_the_vm_head
 from .sft_config import VWLmmSFTConfig
 
 
@@ -109,9 +110,13 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         if args.assistant_only_loss is None:
             args.assistant_only_loss = "messages" in columns
         if data_collator is None and self._numbers_samples and {"image", "images"} & set(columns):
-            data_collator = _collator_of(args, processing_class, columns)
+            data_collator = _collator_of(args, processing_class, columns, base_model.config)
         elif not is_ours:
             data_collator = WithoutPlaceholderLabels(data_collator, base_model.config.image_token_id)
+        if args.stage == "read" and not isinstance(data_collator, ReadingCollator):
+            raise ValueError('stage "read" makes its own batches: leave out packing, padding_free and data_collator')
+        if args.projector_from_words:
+            start_projector(model, args, processing_class, train_dataset)
         if isinstance(data_collator, VWLmmDataCollator):
             # The collator finds what the assistant says. TRL would look for generation markers
             args.assistant_only_loss = False
@@ -260,10 +265,16 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         return output
 
 
-def _collator_of(args, processor, columns):
+def _collator_of(args, processor, columns, config):
     tokenizer = processor.tokenizer
     tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
-    return VWLmmDataCollator(
+    kind, own = VWLmmDataCollator, {}
+    if args.stage == "read":
+        if "messages" not in columns:
+            raise ValueError(f'stage "read" takes conversations, a column messages: found {", ".join(columns)}')
+        kind, own = ReadingCollator, {"patches": config.image_seq_length, "seed": args.seed}
+    return kind(
+        **own,
         processor=processor,
         max_length=args.max_length,
         completion_only_loss="prompt" in columns and args.completion_only_loss is not False,

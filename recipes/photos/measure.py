@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from read import words_of
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from modeling_vwlmm.data import load_conversations, open_images
+from modeling_vwlmm.data.reading import words_of
 from modeling_vwlmm.hub.card import LIMITS_TASK
 from modeling_vwlmm.hub.card_facts import EVAL_RESULTS_NAME
 from modeling_vwlmm.hub.card_pictures import EXAMPLES

@@ -65,9 +65,9 @@ def split_own(data, folder, share=8, seed=0):
     records = [record for record in records if isinstance(record.get("image"), str)]
     images = sorted({record["image"] for record in records})
     held_out = set(random.Random(seed).sample(images, min(200, max(1, len(images) // share))))
-    files = {"captions": [], "conversations": [], "held_out": []}
+    files = {"reading": [], "captions": [], "conversations": [], "held_out": []}
     for record in records:
-        for name in ["held_out"] if record["image"] in held_out else ["captions", "conversations"]:
+        for name in ["held_out"] if record["image"] in held_out else ["reading", "captions", "conversations"]:
             files[name].append(record)
     folder.mkdir(parents=True, exist_ok=True)
     for name, found in files.items():
@@ -101,9 +101,8 @@ def train(images, arguments):
         print(f"\n== {title} ==", flush=True)
         recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
         steps = max(1, round(arguments.times * recipe["max_steps"]))
-        program = [RECIPES / "read.py"] if name == "read" else ["-m", "modeling_vwlmm", "train"]
         run(
-            *program,
+            *("-m", "modeling_vwlmm", "train"),
             *("--config", RECIPES / f"{name}.yaml", "--image_folder", images),
             *("--max_steps", steps, "--seed", arguments.seed, "--use_cpu", not torch.cuda.is_available()),
         )

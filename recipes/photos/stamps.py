@@ -140,7 +140,10 @@ def record(name, picture, pairs):
 
 
 def make(stamps_folder, folder, copies=8, seed=0):
-    """Write captions.json, conversations.json and held_out.json, their images/, and masks/ of the held-out objects."""
+    """Write captions.json, conversations.json, both as reading.json, and held_out.json, with images/ for them.
+
+    masks/ says where the held-out objects are.
+    """
     folder, order = Path(folder), random.Random(seed)
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -162,6 +165,7 @@ def make(stamps_folder, folder, copies=8, seed=0):
             files["captions"].append(record(f"{stamp['place']}-{i}", name, [(DESCRIBE, caption(stamp))]))
             asked = questions(stamp, words, order)
             files["conversations"].append(record(f"{stamp['place']}-{i}", name, asked))
+    files["reading"] = files["captions"] + files["conversations"]
     for name, records in files.items():
         (folder / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     return len(train), len(held_out)

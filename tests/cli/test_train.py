@@ -14,12 +14,7 @@ from modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.cli import main
 
 
-# read.yaml is that of a script, see test_photos.py
-RECIPES = sorted(
-    path
-    for path in (ROOT / "recipes").rglob("*.yaml")
-    if path.parent.name != "accelerate" and path.name != "read.yaml"
-)
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
 
 
 def test_train_runs_a_recipe_and_the_next_stage_starts_from_what_it_wrote(tmp_path, model_folder, data):
