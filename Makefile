@@ -12,7 +12,7 @@ DATA ?=
 IMAGES ?=
 TIMES ?= 1
 
-.PHONY: quickstart photos nano nano-refresh bench test quality style
+.PHONY: quickstart photos nano nano-refresh bench matrix test quality style
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,9 @@ nano-refresh: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bench.py
+
+matrix: $(VENV)/installed
+	$(BIN)/python benchmarks/matrix.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -5,6 +5,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     LlavaProcessor,
 )
@@ -19,6 +20,7 @@ AutoConfig.register("vwlmm", VWLmmConfig)
 AutoModel.register(VWLmmConfig, VWLmmModel)
 AutoModelForCausalLM.register(VWLmmConfig, VWLmmForCausalLM)
 AutoModelForImageTextToText.register(VWLmmConfig, VWLmmForCausalLM)
+AutoModelForMultimodalLM.register(VWLmmConfig, VWLmmForCausalLM)
 AutoProcessor.register(VWLmmConfig, LlavaProcessor)
 
 

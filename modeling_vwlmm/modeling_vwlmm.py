@@ -1,125 +1,58 @@
 """VW-LMM: a LLaVA model whose VM head names each image patch with a distribution over the LLM's vocabulary."""
 
-import os
-import re
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llava.modeling_llava import (
-    LlavaCausalLMOutputWithPast,
-    LlavaModelOutputWithPast,
-    LlavaMultiModalProjector,
+
+from .compatibility import (
+    ACT2FN,
+    CACHE,
+    LAYERS_CAN_BE_SELECTED,
+    AutoModel,
+    Cache,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    VWLmmCausalLMOutputWithPast,
+    VWLmmImageOutput,
+    VWLmmModelOutputWithPast,
+    can_return_tuple,
+    kept_positions,
+    name_cache,
+    torch_compilable_check,
 )
-from transformers.utils import ModelOutput, torch_compilable_check
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import select_hidden_states
-
 from .configuration_vwlmm import VWLmmConfig, select_image_features
-from .visual_word_loss import in_dtype_of, scored_positions, visual_word_loss, weight_and_bias
+from .strict_loading import VWLmmPreTrainedModel, refuse_other_adapters
+from .visual_word_loss import (
+    embedding_rows,
+    in_dtype_of,
+    scored_positions,
+    visual_word_loss,
+    weight_and_bias,
+)
 
 
-@dataclass
-class VWLmmModelOutputWithPast(LlavaModelOutputWithPast):
-    """LLaVA's output with `image_mask` of shape (B, T), which is true where a patch stands in the sequence.
-
-    `image_hidden_states` are the projected features f, (images, patches, d), also with pseudo image features.
-    """
-
-    image_mask: torch.BoolTensor | None = None
-
-
-@dataclass
-class VWLmmCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
-    """LLaVA's output, where `loss = lm_loss + config.visual_word_loss_weight * vw_loss`.
-
-    lm_loss: cross-entropy of the text labels, mean over the labelled tokens.
-    vw_loss: visual-word loss, mean over the scored image positions, in nats; None where no position is scored or the
-        weight is 0.
-    """
-
-    lm_loss: torch.Tensor | None = None
-    vw_loss: torch.Tensor | None = None
-
-
-class VWLmmMultiModalProjector(LlavaMultiModalProjector):
+class VWLmmMultiModalProjector(nn.Module):
     """LLaVA's projector for towers of any width: (images, patches, channels) to (images, patches, d)."""
 
     def __init__(self, config: VWLmmConfig):
-        nn.Module.__init__(self)
+        super().__init__()
         hidden_size, bias = config.text_config.hidden_size, config.multimodal_projector_bias
         self.linear_1 = nn.Linear(config.image_feature_shape()[1], hidden_size, bias=bias)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
 
-
-_Model = TypeVar("_Model", bound="VWLmmPreTrainedModel")
-# PEFT names the adapter in the name of each of its weights
-_ADAPTER_WEIGHT = re.compile(r"\.(?:lora_\w+|modules_to_save)\.(\w+)(?:\.|$)")
-
-
-def _refuse(what: str | os.PathLike, problems: dict[str, Any]) -> None:
-    found = [f"{problem}: {', '.join(sorted(keys))}" for problem, keys in problems.items() if keys]
-    if found:
-        raise ValueError(f"the weights in {what} do not fit: {'; '.join(found)}")
-
-
-def _refuse_other_adapters(model, state_dict, prefix, *args):
-    """Raise a `ValueError` if an adapter that PEFT loads does not fit: PEFT itself warns at most."""
-    adapters = {match[1] for match in map(_ADAPTER_WEIGHT.search, state_dict) if match}
-    if adapters:
-        own = {f"{prefix}{name}" for name in model.state_dict()}
-        expected = {name for name in own if (match := _ADAPTER_WEIGHT.search(name)) and match[1] in adapters}
-        _refuse("the adapter", {"missing": expected - state_dict.keys(), "unexpected": state_dict.keys() - own})
-
-
-class VWLmmPreTrainedModel(LlavaPreTrainedModel):
-    config: VWLmmConfig
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]  # named by transformers, passed on here
-        cls: type[_Model],
-        pretrained_model_name_or_path: str | os.PathLike,
-        *args,
-        output_loading_info: bool = False,
-        **kwargs,
-    ) -> _Model:
-        """As in transformers, but weights that are missing, unexpected or of another shape are a `ValueError`."""
-        # transformers' own error for a tensor of another shape does not name the checkpoint, so the one below does
-        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-        model, info = loaded
-        problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
-        if not ignore_mismatched_sizes:
-            problems["of another shape than the config says"] = [
-                f"{name} {tuple(found)} instead of {tuple(expected)}"
-                for name, found, expected in info["mismatched_keys"]
-            ]
-        _refuse(pretrained_model_name_or_path, problems)
-        return (model, info) if output_loading_info else model  # type: ignore[return-value]  # as in transformers
-
-    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs) -> Any:
-        """As in transformers, but adapter weights that are missing or unexpected are a `ValueError`."""
-        info = super().load_adapter(peft_model_id, *args, **kwargs)
-        _refuse("the adapter", {"missing": info.missing_keys, "unexpected": info.unexpected_keys})
-        return info
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(image_features)))
 
 
 class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
     """LLaVA's vision tower, projector and LLM without its head, with the VM head, a linear map from d to V."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # checkpoints of the model with a head load here too
-
     def __init__(self, config: VWLmmConfig):
         super(LlavaModel, self).__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = VWLmmMultiModalProjector(config)
+        self.multi_modal_projector = VWLmmMultiModalProjector(config)  # type: ignore[assignment]  # LLaVA's own
         self.language_model = AutoModel.from_config(config.text_config)
         self.vm_head = nn.Linear(config.text_config.hidden_size, config.visual_vocab_size, bias=False)
         self.post_init()
@@ -134,30 +67,57 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
     def _tower_trains(self) -> bool:
         return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
 
-    @merge_with_config_defaults
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Checkpoints of the model with a head load here too.
+
+        With `_keys_to_ignore_on_load_unexpected`, vLLM would leave the head out of the model that has one.
+        """
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        loading_info.unexpected_keys = {k for k in loading_info.unexpected_keys if not k.startswith("lm_head.")}
+
+    def project_images(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> VWLmmImageOutput:
+        """The vision tower's output with the projected features f, (images, patches, d), as `image_hidden_states`."""
+        layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        if not kwargs.get("output_hidden_states"):
+            kwargs["output_hidden_states"] = layers if LAYERS_CAN_BE_SELECTED else True
+        # Activation checkpointing makes embeddings require a gradient, so even a frozen tower would build a graph
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (self._tower_trains() or pixel_values.requires_grad)):
+            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
+        features = select_image_features(outputs.hidden_states, layers, strategy)
+        features = in_dtype_of(self.multi_modal_projector.linear_1, features)
+        kept = {name: outputs.get(name) for name in ("last_hidden_state", "hidden_states", "attentions")}
+        return VWLmmImageOutput(**kept, image_hidden_states=self.multi_modal_projector(features))
+
     @can_return_tuple
-    @select_hidden_states("vision_feature_layer")
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         **kwargs,
-    ) -> tuple | ModelOutput:
-        """The vision tower's output, with the projected features, (images, patches, d), as its `pooler_output`."""
-        # Activation checkpointing makes embeddings require a gradient, so even a frozen tower would build a graph
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (self._tower_trains() or pixel_values.requires_grad)):
-            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
-        features = select_image_features(outputs.hidden_states, vision_feature_layer, vision_feature_select_strategy)
-        features = in_dtype_of(self.multi_modal_projector.linear_1, features)
-        outputs.pooler_output = self.multi_modal_projector(features)
+    ) -> tuple | VWLmmImageOutput:
+        """The vision tower's output, with what the LLM reads, (images, patches, d), as its `pooler_output`."""
+        outputs = self.project_images(pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs)
+        outputs.pooler_output = self._read_by_the_llm(outputs.image_hidden_states)
         return outputs
+
+    def _read_by_the_llm(self, image_features: torch.Tensor) -> torch.Tensor:
+        if not self.config.pseudo_image_features:
+            return image_features
+        return self.pseudo_image_features(image_features.to(self.language_model.dtype))
 
     def pseudo_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
         """f'_j = sum_v w_j[v] E[v], E the LLM's input embeddings; (..., d) to (..., d), whose dtype autocast keeps."""
-        visual_words = self.visual_words(image_features).to(image_features.dtype)
-        embeddings: Any = self.get_input_embeddings()
-        return (visual_words @ embeddings.weight[: self.config.visual_vocab_size]).to(image_features.dtype)
+        visual_words = self.visual_words(image_features)
+        embeddings = embedding_rows(self.get_input_embeddings(), self.config.visual_vocab_size, visual_words.device)
+        return (visual_words.to(embeddings.dtype) @ embeddings).to(image_features.device, image_features.dtype)
 
     def visual_words(self, image_features: torch.Tensor) -> torch.Tensor:
         """w_j = softmax(W_vm f_j), in float32; (..., d) to (..., V)."""
@@ -172,16 +132,16 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         trains_llm = any(parameter.requires_grad for parameter in self.language_model.parameters())
         return torch.distributed.is_initialized() or (self.training and not trains_llm)
 
-    def _no_image_features(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """The features of no image, (0, patches, d), whose graph reaches the vision tower and the projector."""
+    def _no_images(self, inputs_embeds: torch.Tensor) -> VWLmmImageOutput:
+        """The features of no image, (0, patches, d), whose graph reaches all that those of an image would reach."""
         channels = getattr(self.config.vision_config, "num_channels", 3)
         # Attention refuses an empty batch, so the tower reads a blank image, in eval mode to keep its statistics
         training = self.vision_tower.training
         self.vision_tower.eval()
         blank = inputs_embeds.new_zeros(1, channels, *self.config.image_size)
-        features = self.get_image_features(blank, return_dict=True).pooler_output[:0]
+        features = self.project_images(blank).image_hidden_states[:0]
         self.vision_tower.train(training)
-        return features.to(inputs_embeds.device, inputs_embeds.dtype)
+        return VWLmmImageOutput(pooler_output=self._read_by_the_llm(features), image_hidden_states=features)
 
     @can_return_tuple
     def forward(
@@ -212,20 +172,21 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
                     vision_feature_select_strategy=vision_feature_select_strategy,
                     return_dict=True,
                 )
+            if image_outputs is None and input_ids.shape[1] > 1 and self._needs_image_graph():
+                image_outputs = self._no_images(inputs_embeds)
+            read = None
             if image_outputs is not None:
-                image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-            elif input_ids.shape[1] > 1 and self._needs_image_graph():
-                image_features = self._no_image_features(inputs_embeds)
+                read = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+                image_features = image_outputs.get("image_hidden_states", read).to(read.device, read.dtype)
             # While decoding, the single token is a generated one and no placeholder
-            if image_features is not None or input_ids.shape[1] > 1:
-                self._check_placeholders(image_mask, image_features)
-            if image_features is not None:
-                is_pseudo = self.config.pseudo_image_features
-                read = self.pseudo_image_features(image_features) if is_pseudo else image_features
+            if read is not None or input_ids.shape[1] > 1:
+                self._check_placeholders(image_mask, read)
+            if read is not None:
                 inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), read)
 
-        outputs = super().forward(inputs_embeds=inputs_embeds, **{**kwargs, "return_dict": True})
-        return VWLmmModelOutputWithPast(**{**outputs, "image_hidden_states": image_features, "image_mask": image_mask})
+        outputs = self.language_model(inputs_embeds=inputs_embeds, **{**name_cache(kwargs), "return_dict": True})
+        kept = {name: outputs.get(name) for name in ("last_hidden_state", CACHE, "hidden_states", "attentions")}
+        return VWLmmModelOutputWithPast(**kept, image_hidden_states=image_features, image_mask=image_mask)
 
     def _check_placeholders(self, image_mask: torch.Tensor, image_features: torch.Tensor | None) -> None:
         found = image_mask.sum()
@@ -246,7 +207,7 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = VWLmmModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.register_load_state_dict_pre_hook(_refuse_other_adapters)
+        self.register_load_state_dict_pre_hook(refuse_other_adapters)
         self.post_init()
 
     def visual_words(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -254,8 +215,7 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
 
         Maps (images, channels, height, width) to probabilities in float32, (images, patches, V).
         """
-        image_features = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
-        return self.model.visual_words(image_features)
+        return self.model.visual_words(self.model.project_images(pixel_values).image_hidden_states)
 
     def visual_word_loss(
         self, outputs: VWLmmModelOutputWithPast, attention_mask: torch.Tensor | None = None
@@ -307,19 +267,21 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
         Raises:
             ValueError: if the placeholders do not match the images.
         """
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        kwargs = name_cache(kwargs)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             mm_encoder_outputs=mm_encoder_outputs,
             **{**kwargs, "return_dict": True},
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
 
         loss = lm_loss = vw_loss = None
         if labels is not None:
@@ -340,7 +302,7 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
             lm_loss=lm_loss,
             vw_loss=vw_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

@@ -154,8 +154,10 @@ def test_pseudo_image_features(visual_vocab_size):
     is_image = batch["input_ids"] == IMAGE_BEYOND
     assert_close(read[0][is_image], expected.flatten(0, 1), rtol=1e-5, atol=1e-6)
     assert torch.equal(read[0][~is_image], embeddings[batch["input_ids"][~is_image]])
-    features = model.model.get_image_features(batch["pixel_values"]).pooler_output
-    assert torch.equal(out.image_hidden_states, features)
+    outputs = model.model.get_image_features(batch["pixel_values"])
+    assert torch.equal(out.image_hidden_states, outputs.image_hidden_states)
+    # Servers encode images first, and feed this to the LLM as it is
+    assert torch.equal(read[0][is_image], outputs.pooler_output.flatten(0, 1))
 
 
 @PSEUDO

@@ -10,6 +10,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -126,6 +127,7 @@ def test_auto_classes(tmp_path):
         (AutoModel, VWLmmModel),
         (AutoModelForCausalLM, VWLmmForCausalLM),
         (AutoModelForImageTextToText, VWLmmForCausalLM),
+        (AutoModelForMultimodalLM, VWLmmForCausalLM),
     ]:
         assert type(auto_class.from_config(model.config)) is expected
         loaded = auto_class.from_pretrained(tmp_path)

@@ -24,7 +24,9 @@ from measure import accuracy, naming_share  # noqa: E402
 
 
 NANO = ROOT / "hub_card" / "vwlmm-nano"
-CODE = {"configuration_vwlmm.py", "modeling_vwlmm.py", "visual_word_loss.py"}
+CODE = {
+    *("compatibility.py", "configuration_vwlmm.py", "modeling_vwlmm.py", "strict_loading.py", "visual_word_loss.py")
+}
 PICTURES = {"assets/losses.png", "assets/visual_words.png"}
 
 

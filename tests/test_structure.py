@@ -14,7 +14,10 @@ from helpers.source import FILES, PACKAGE, imports_of, own_imports_of
 # A room imports from itself, and from those after it
 ROOMS = ["cli", "trainer", "hub", "conversion", "data", "root"]
 # They travel to the Hub, where nothing else of the package is
-TRAVELS = {f"modeling_vwlmm.{name}" for name in ("configuration_vwlmm", "modeling_vwlmm", "visual_word_loss")}
+TRAVELS = {
+    f"modeling_vwlmm.{name}"
+    for name in ("compatibility", "configuration_vwlmm", "modeling_vwlmm", "strict_loading", "visual_word_loss")
+}
 LONGEST = 350
 
 # Names under which a distribution is imported, where they differ from its own

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, AutoModel, LlavaConfig
-from transformers.utils import logging
 
+from .compatibility import AutoConfig, AutoModel, LlavaConfig, logging
 from .visual_word_loss import check_loss_fields
 
 
@@ -35,6 +34,10 @@ def select_image_features(
     Returns:
         The features, of shape (images, patches, channels).
     """
+    if vision_feature_select_strategy not in ("default", "full"):
+        raise ValueError(
+            f'vision_feature_select_strategy is "{vision_feature_select_strategy}", expected "default" or "full"'
+        )
     layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
     selected = []
     for layer in layers:

@@ -50,22 +50,42 @@ def in_dtype_of(linear: nn.Linear, features: torch.Tensor) -> torch.Tensor:
     return features.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else features
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes with its weight as it stands.
+
+    Otherwise the layer has to be called: its weight may be in parts, quantized or on a disk, and PEFT and others wrap
+    layers in modules of their own.
+    """
+    weight = getattr(layer, "weight", None)
+    return (
+        type(layer).forward in (nn.Linear.forward, nn.Embedding.forward)
+        and type(weight) in (torch.Tensor, nn.Parameter)  # sharded and quantized weights have types of their own
+        and weight.is_floating_point()
+        and weight.itemsize > 1
+        and weight.device.type != "meta"  # where accelerate leaves what it loads for each call
+    )
+
+
 def weight_and_bias(head: nn.Linear, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight (V, d) and the bias (V,) of a head, None if it has no bias; `inputs` (..., d) are what it will read.
 
-    A head that is sharded, quantized or adapted has no plain weight. Such a head is called instead, on the d rows of
-    the identity and a row of zeros, and its outputs are its linear map.
+    A head that has no plain weight is called instead, on the d rows of the identity and a row of zeros, and its
+    outputs are its linear map.
     """
-    weight = head.weight
-    # Sharded and quantized weights have types of their own. A layer with an adapter of PEFT has a base_layer
-    is_plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
-    if is_plain and not hasattr(head, "base_layer"):
-        return weight.to(inputs.device), head.bias
+    if _is_plain(head):
+        return head.weight.to(inputs.device), head.bias
     size = inputs.shape[-1]
     rows = head(torch.eye(size + 1, size, dtype=inputs.dtype, device=inputs.device))  # the last row is 0
-    if head.bias is None:
-        return rows[:size].t(), None
     return (rows[:size] - rows[size]).t(), rows[size]
+
+
+def embedding_rows(embeddings: nn.Module, count: int, device: torch.device) -> torch.Tensor:
+    """The embeddings of the first tokens, (count, d), on a device."""
+    weight: Any = embeddings.weight
+    if _is_plain(embeddings):
+        return weight[:count].to(device)
+    ids = torch.arange(count, device=device if weight.device.type == "meta" else weight.device)
+    return embeddings(ids).to(device)
 
 
 def visual_word_loss(

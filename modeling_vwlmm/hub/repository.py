@@ -30,6 +30,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_vwlmm.VWLmmModel",
     "AutoModelForCausalLM": "modeling_vwlmm.VWLmmForCausalLM",
     "AutoModelForImageTextToText": "modeling_vwlmm.VWLmmForCausalLM",
+    "AutoModelForMultimodalLM": "modeling_vwlmm.VWLmmForCausalLM",
 }
 # What goes into a repository beside the weights: these names and no others, for `wandb_config.json` may hold a key.
 # Configs and logs are rewritten, for they may name places

@@ -93,7 +93,7 @@ def limits(model, processor, split):
     pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     words = model.visual_words(pixel_values)
     mass = words.topk(3).values
-    features = model.model.get_image_features(pixel_values, return_dict=True).pooler_output
+    features = model.model.project_images(pixel_values).image_hidden_states
     distance = (model.model.pseudo_image_features(features) - features).norm(dim=-1) / features.norm(dim=-1)
     (first, shuffled_first, patches), (three, shuffled, _) = (naming_share(model, processor, k, split) for k in (1, 3))
     return len(images), {

@@ -22,7 +22,9 @@ from modeling_vwlmm.hub import load_check
 
 
 HOST = "anns-desktop"
-CODE = {"configuration_vwlmm.py", "modeling_vwlmm.py", "visual_word_loss.py"}
+CODE = {
+    *("compatibility.py", "configuration_vwlmm.py", "modeling_vwlmm.py", "strict_loading.py", "visual_word_loss.py")
+}
 PROCESSOR = {"chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 
 

@@ -1,0 +1,62 @@
+"""Models and adapters whose weights do not fit are refused, where transformers and PEFT warn at most."""
+
+import os
+import re
+from typing import Any, TypeVar
+
+from .compatibility import LlavaPreTrainedModel
+from .configuration_vwlmm import VWLmmConfig
+
+
+_Model = TypeVar("_Model", bound="VWLmmPreTrainedModel")
+# PEFT names the adapter in the name of each of its weights
+_ADAPTER_WEIGHT = re.compile(r"\.(?:lora_\w+|modules_to_save)\.(\w+)(?:\.|$)")
+
+
+def _refuse(what: str | os.PathLike, problems: dict[str, Any]) -> None:
+    found = [f"{problem}: {', '.join(sorted(keys))}" for problem, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"the weights in {what} do not fit: {'; '.join(found)}")
+
+
+def refuse_other_adapters(model, state_dict, prefix, *args):
+    """Raise a `ValueError` if an adapter that PEFT loads does not fit: PEFT itself warns at most."""
+    adapters = {match[1] for match in map(_ADAPTER_WEIGHT.search, state_dict) if match}
+    if adapters:
+        own = {f"{prefix}{name}" for name in model.state_dict()}
+        expected = {name for name in own if (match := _ADAPTER_WEIGHT.search(name)) and match[1] in adapters}
+        _refuse("the adapter", {"missing": expected - state_dict.keys(), "unexpected": state_dict.keys() - own})
+
+
+class VWLmmPreTrainedModel(LlavaPreTrainedModel):
+    config: VWLmmConfig
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # named by transformers, passed on here
+        cls: type[_Model],
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args,
+        output_loading_info: bool = False,
+        **kwargs,
+    ) -> _Model:
+        """As in transformers, but weights that are missing, unexpected or of another shape are a `ValueError`."""
+        # transformers' own error for a tensor of another shape does not name the checkpoint, so the one below does
+        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        model, info = loaded
+        problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
+        if not ignore_mismatched_sizes:
+            problems["of another shape than the config says"] = [
+                f"{name} {tuple(found)} instead of {tuple(expected)}"
+                for name, found, expected in info["mismatched_keys"]
+            ]
+        _refuse(pretrained_model_name_or_path, problems)
+        return (model, info) if output_loading_info else model  # type: ignore[return-value]  # as in transformers
+
+    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs) -> Any:
+        """As in transformers, but adapter weights that are missing or unexpected are a `ValueError`."""
+        info = super().load_adapter(peft_model_id, *args, **kwargs)
+        _refuse("the adapter", {"missing": info.missing_keys, "unexpected": info.unexpected_keys})
+        return info
