@@ -23,6 +23,7 @@ NAMES = {
     "transformers.image_processing_utils.BaseImageProcessor": "tells a processor of images from one of text",
     "transformers.image_utils.OPENAI_CLIP_MEAN": "the mean colour of published checkpoints",
     "transformers.image_utils.OPENAI_CLIP_STD": "the deviation of colours of published checkpoints",
+    "transformers.image_utils.load_image": "images of a URL or a data URL, as in transformers' pipelines",
     "transformers.modeling_utils.set_zero3_state": "a model is loaded under ZeRO-3 as TRL does",
     "transformers.modeling_utils.str_to_torch_dtype": "the dtypes that safetensors names",
     "transformers.utils.find_adapter_config_file": "tells an adapter from a model",
@@ -79,6 +80,8 @@ NAMES = {
     "trl.trainer.utils.FusedCausalLMOutput": "our loss goes out beside TRL's",
     "trl.trainer.utils.create_model_from_path": "a model given by its name is loaded as TRL does",
     "trl.trainer.utils.maybe_gather_lm_head_ctx": "under ZeRO-3 the heads are gathered as TRL does",
+    # datasets
+    "datasets.Dataset._indices": "columns are added below the order of a shuffled dataset, which is not written anew",
     # PEFT
     "peft.utils.constants.DUMMY_TARGET_MODULES": "an adapter that trains whole parts and adapts no layer",
     "peft.utils.ModulesToSaveWrapper": "what trains whole beside an adapter, kept in float32",

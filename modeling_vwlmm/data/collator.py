@@ -18,6 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..processing import IMAGE_PARTS
 from .images import open_images
+from .message_images import gather_images
 
 
 logger = logging.get_logger(__name__)
@@ -41,7 +42,8 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
 
     def __post_init__(self) -> None:
         processor: Any = self.processor
-        self.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        self.image_marker: str = processor.image_token
+        self.image_token_id = processor.tokenizer.convert_tokens_to_ids(self.image_marker)
         # TRL would cut through images and refuse templates without generation markers. The two fields are hidden from
         # it, because this class does both itself
         self.max_row_length, self.max_length = self.max_length, None
@@ -89,6 +91,12 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         example = dict(example)
         images = [example.pop("image")] if "image" in example else example.get("images") or []
         images = [image for image in images if image is not None]
+        conversation = "messages" if "messages" in example else "prompt" if is_conversational(example) else None
+        if conversation is not None:
+            try:
+                example[conversation], images = gather_images(example[conversation], images, self.image_marker)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         example["is_skipped"] = False
         try:
             example["images"] = open_images({**example, "images": images})
@@ -112,10 +120,10 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
                 texts = list(rendered.values())
         except (ValueError, TemplateError) as error:
             raise ValueError(f"{name}: {error}") from error
-        marker, images = self.processor.image_token, len(example["images"])  # type: ignore[attr-defined]
-        markers = sum(text.count(marker) for text in texts if isinstance(text, str))
-        if markers != images:
-            raise ValueError(f"{name} has {images} image(s), but {markers} {marker} markers")
+        count = len(example["images"])
+        markers = sum(text.count(self.image_marker) for text in texts if isinstance(text, str))
+        if markers != count:
+            raise ValueError(f"{name} has {count} image(s), but {markers} {self.image_marker} markers")
         return example
 
     def _adds_bos_token(self, text: str) -> bool:

@@ -28,7 +28,7 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 FEATURES = Features(
     {
         "id": Value("string"),
-        # `datasets` must not decode: its errors name no sample, and it turns images by their EXIF tag, unlike LLaVA
+        # `datasets` must not decode: its errors name no sample
         "images": List(Image(decode=False)),
         "messages": List(
             {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}

@@ -1,25 +1,39 @@
 """The images of a data set: found below a folder, opened as LLaVA opens them."""
 
+import contextlib
 import functools
 import io
+import math
 import os
 import stat
 import warnings
+from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
+import torch
+from transformers.image_utils import load_image
 
 from ..files import describe
 
 
+# A processor pads an image to a square of its longer side, or shrinks its shorter one to the tower's: both take memory
+# that has nothing to do with the size of the image's file
+MAX_ASPECT_RATIO = 200
+
+
 def open_images(example: dict) -> list[PIL.Image.Image]:
-    """Opens the images of a row, see [`to_rgb`]. As in LLaVA, no EXIF tag turns them.
+    """Opens the images of a row, see [`to_rgb`], upright as their EXIF tag says and transformers' pipelines turn them.
 
     Args:
-        example: `images` holds `{"path", "bytes"}` or PIL images; `sample_index` and `id` (optional) name the row.
+        example: `images` holds PIL images, `{"path", "bytes"}`, paths, URLs, data URLs, bytes of files, or arrays of
+            8 bits, (height, width, channels) or (channels, height, width); `sample_index` and `id` (optional) name
+            the row.
 
     Raises:
-        ValueError: a file is missing, broken, no image, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+        ValueError: a file is missing, broken, no image, has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, more than
+            twice that when it is padded to a square, or a side of 200 times the other.
     """
     return [_open_image(image, example) for image in example["images"]]
 
@@ -47,23 +61,55 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def _open_image(image: dict | PIL.Image.Image, example: dict) -> PIL.Image.Image:
+def _open_image(image: Any, example: dict) -> PIL.Image.Image:
     try:
         with warnings.catch_warnings():
             # Pillow warns above its limit of pixels and raises above twice it: here the limit is one
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            if isinstance(image, PIL.Image.Image):
-                return to_rgb(image)
-            source = image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])
-            with PIL.Image.open(source) as opened:
-                return to_rgb(opened)
+            with contextlib.ExitStack() as files:
+                opened = _opened(image, files)
+                _check_size(opened.size)
+                return to_rgb(PIL.ImageOps.exif_transpose(opened))
     except Exception as error:  # Pillow's decoders raise nearly anything on broken data
         sample = example.get("sample_index", example.get("id"))
         where = "" if sample is None else f"sample {sample}: "
-        name = image.get("path") if isinstance(image, dict) else None
+        name = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
+        name = describe(name)[1:-1] if name else "(in memory)"
+        raise ValueError(f"{where}image {name}: {type(error).__name__}: {error}, expected a whole image") from error
+
+
+def _opened(image: Any, files: contextlib.ExitStack) -> PIL.Image.Image:
+    if isinstance(image, PIL.Image.Image):
+        return image
+    if isinstance(image, torch.Tensor):
+        image = image.numpy(force=True)
+    if isinstance(image, np.ndarray):
+        if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[2] not in (1, 3, 4):
+            image = image.transpose(1, 2, 0)
+        return PIL.Image.fromarray(np.ascontiguousarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
+    source = image
+    if isinstance(image, dict):
+        source = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+        return load_image(source)
+    if isinstance(source, (bytes, bytearray)):
+        source = io.BytesIO(source)
+    elif isinstance(source, (str, os.PathLike)):
+        source = os.path.expanduser(source)
+    else:
+        raise TypeError(f"found {describe(image)}, expected an image, its path, URL or bytes")
+    return files.enter_context(PIL.Image.open(source))
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    short, long = sorted(size)
+    if long >= MAX_ASPECT_RATIO * short:
         raise ValueError(
-            f"{where}image {name or '(in memory)'}: {type(error).__name__}: {error}, expected a whole image"
-        ) from error
+            f"{size[0]} x {size[1]} pixels, expected no side of {MAX_ASPECT_RATIO} times the other or more"
+        )
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if limit is not None and long**2 > 2 * limit:
+        raise ValueError(f"{size[0]} x {size[1]} pixels, expected at most {math.isqrt(2 * limit)} a side")
 
 
 class ImageFolder:
@@ -84,7 +130,7 @@ class ImageFolder:
             path = os.path.join(self.realpath(os.path.join(self.root, parent)), base)
             if os.path.islink(path):
                 path = os.path.realpath(path)
-            is_inside = path.startswith(os.path.join(self.root, "")) and not os.path.isabs(name)
+            is_inside = path.startswith(os.path.join(self.root, ""))
             is_file = is_inside and stat.S_ISREG(os.stat(path).st_mode)
         except (OSError, ValueError):  # ValueError: a name that no file can have
             is_inside, is_file = True, False

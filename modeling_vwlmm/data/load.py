@@ -1,10 +1,14 @@
 """Data sets by the names that recipes give them, made ready for a trainer."""
 
+import copy
+import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Image, IterableDataset, List, load_from_disk
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, LargeList, List, load_from_disk
 from datasets import load_dataset as load_from_hub
 
 from .conversations import load_conversations
@@ -44,8 +48,8 @@ def load_dataset(name: str, image_folder: str | os.PathLike | None = None, split
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
-    """The names of the columns of a dataset or a stream; `ValueError` if it is empty."""
-    if dataset.column_names is not None:
+    """The names of the columns of a dataset or a stream, as its rows have them; `ValueError` if it is empty."""
+    if dataset.column_names is not None and not _has_transform(dataset):
         return dataset.column_names
     first = next(iter(dataset), None)
     if first is None:
@@ -56,27 +60,73 @@ def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
 def number_samples(dataset: Any) -> Any:
     """A dataset with a column `sample_index` for error messages, and a column of images if it holds only texts.
 
-    It may be a `Dataset`, an `IterableDataset`, a dict of these by name, or None.
+    Nothing of it is copied. Where a row stands several times, `sample_index` is the first of its places.
+
+    Args:
+        dataset: a `Dataset`, an `IterableDataset` or a dict of these by name. Anything else is returned as it is.
     """
-    if dataset is None:
-        return None
     if isinstance(dataset, dict):
         return {name: number_samples(part) for name, part in dataset.items()}
-    columns = columns_of(dataset)
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return dataset
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError("the dataset is empty")
-    for column, feature in (dataset.features or {}).items():
-        # The collator opens the images, because the errors of `datasets` name no sample
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            dataset = dataset.cast_column(column, List(Image(decode=False)))
+    columns = columns_of(dataset)
+    if _has_transform(dataset):  # which makes the rows of what it knows, and opens images by itself
+        return dataset
+    if dataset.features:
+        dataset = _with_closed_images(dataset)
     if not {"messages", "prompt", "image", "images"} & set(columns) or "sample_index" in columns:
         return dataset
     without_images = not {"image", "images"} & set(columns)
     if isinstance(dataset, Dataset):
-        if without_images:
-            dataset = dataset.add_column("images", [[] for _ in range(len(dataset))])
-        return dataset.add_column("sample_index", list(range(len(dataset))))
-    added: dict[str, list] = {"images": []} if without_images else {}
-    return dataset.map(lambda example, index: {**example, **added, "sample_index": index}, with_indices=True)
+        return _numbered(dataset, without_images)
+    # A lambda could not be sent to workers
+    return dataset.map(functools.partial(_number, without_images=without_images), with_indices=True)
+
+
+def _has_transform(dataset: Dataset | IterableDataset) -> bool:
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+
+
+def _with_closed_images(dataset: Any) -> Any:
+    """The dataset with files for images: the collator opens them, because the errors of `datasets` name no sample."""
+    features = {name: _closed(feature) for name, feature in dataset.features.items()}
+    if features == dict(dataset.features):
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.cast(Features(features))
+    # `cast_column` would write all of a column of lists anew, though only what is said about it changes
+    dataset = copy.deepcopy(dataset)  # of its description: the data is shared
+    dataset.info.features = Features(features)
+    return dataset
+
+
+def _closed(feature: Any) -> Any:
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, (List, LargeList)):
+        return dataclasses.replace(feature, feature=_closed(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _closed(part) for name, part in feature.items()}
+    return feature
+
+
+def _numbered(dataset: Dataset, without_images: bool) -> Dataset:
+    numbers = np.arange(len(dataset))
+    order = dataset._indices
+    if order is not None:
+        # `add_column` would write a dataset that was shuffled or selected anew, so the columns go below its order
+        places = order.column(0).to_numpy()
+        numbers = np.zeros(dataset.data.num_rows, dtype=np.int64)
+        numbers[places[::-1]] = np.arange(len(dataset))[::-1]
+        dataset = Dataset(dataset.data, info=dataset.info, split=dataset.split)
+    if without_images:
+        dataset = dataset.add_column("images", [[] for _ in range(len(numbers))])
+    dataset = dataset.add_column("sample_index", numbers)
+    return Dataset(dataset.data, info=dataset.info, split=dataset.split, indices_table=order)
+
+
+def _number(example: dict[str, Any], index: int, without_images: bool) -> dict[str, Any]:
+    added: dict[str, Any] = {"images": []} if without_images else {}
+    return {**example, **added, "sample_index": index}

@@ -104,9 +104,11 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         # Another collator gets its rows as they are: it may want images that datasets has opened
         is_ours = data_collator is None or isinstance(data_collator, VWLmmDataCollator)
         self._numbers_samples = isinstance(processing_class, ProcessorMixin) and is_ours and not is_text
-        if self._numbers_samples and train_dataset is not None:
-            train_dataset, eval_dataset = number_samples(train_dataset), number_samples(eval_dataset)
-        columns = [] if train_dataset is None else columns_of(train_dataset)
+        columns = []
+        if isinstance(train_dataset, (Dataset, IterableDataset)):  # TRL refuses anything else
+            if self._numbers_samples:
+                train_dataset, eval_dataset = number_samples(train_dataset), number_samples(eval_dataset)
+            columns = columns_of(train_dataset)
         if args.assistant_only_loss is None:
             args.assistant_only_loss = "messages" in columns
         if data_collator is None and self._numbers_samples and {"image", "images"} & set(columns):
@@ -152,6 +154,8 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "id", "sample_index"})
+        if isinstance(self.data_collator, VWLmmDataCollator):  # which reads texts with images too, as TRL's does
+            self._signature_columns.append(self.args.dataset_text_field)
 
     def _save(self, output_dir=None, state_dict=None):
         if state_dict is not None and not is_peft_model(self.model):
