@@ -2,13 +2,21 @@
 
 import sys
 
-from . import convert, generate, merge, push, train, words
+from . import convert, evaluate, generate, merge, push, train, words
 from .errors import check_texts, is_bad_input, refuse
 from .shared import limit_waiting
 
 
 # `vwlmm --help` lists them in this order
-VERBS = {"train": train, "convert": convert, "merge": merge, "push": push, "generate": generate, "words": words}
+VERBS = {
+    "train": train,
+    "evaluate": evaluate,
+    "convert": convert,
+    "merge": merge,
+    "push": push,
+    "generate": generate,
+    "words": words,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

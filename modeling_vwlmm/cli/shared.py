@@ -34,8 +34,8 @@ def quiet() -> None:
         logging.disable_progress_bar()
 
 
-def load(folder: str) -> tuple["VWLmmForCausalLM", "LlavaProcessor"]:
-    """A model, on the GPU if there is one, and its processor."""
+def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "LlavaProcessor"]:
+    """A model, on the GPU if there is one, with an adapter if one is given, and its processor."""
     import torch
     from transformers import AutoProcessor
 
@@ -44,7 +44,11 @@ def load(folder: str) -> tuple["VWLmmForCausalLM", "LlavaProcessor"]:
     quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with reading(f"the model {folder}"):
-        model = VWLmmForCausalLM.from_pretrained(folder).to(device).eval()
+        model = VWLmmForCausalLM.from_pretrained(folder)
+    if adapter is not None:
+        with reading(f"the adapter {adapter}"):
+            model.load_adapter(adapter)
+    model = model.to(device).eval()
     with reading(f"the processor of {folder}"):
         return model, AutoProcessor.from_pretrained(folder)
 

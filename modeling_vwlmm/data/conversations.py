@@ -64,7 +64,7 @@ def load_conversations(data_path: str | os.PathLike, image_folder: str | os.Path
     if not os.path.isdir(image_folder):
         raise FileNotFoundError(f"{image_folder}: no such image folder (of {data_path})")
     folder = ImageFolder(image_folder)
-    dataset = to_dataset(_read_record(r, i, data_path, folder) for i, r in enumerate(_read_records(data_path)))
+    dataset = to_dataset(_read_record(r, i, data_path, folder) for i, r in enumerate(read_records(data_path)))
     if len(dataset) == 0:
         raise ValueError(f"{data_path}: found no records, expected at least one")
     return dataset
@@ -80,7 +80,7 @@ def to_dataset(rows: Iterable[dict], features: Features = FEATURES) -> Dataset:
     return Dataset(pa.concat_tables(tables))
 
 
-def _read_records(data_path: str) -> Iterator:
+def read_records(data_path: str) -> Iterator:
     is_lines, where = data_path.endswith(".jsonl"), data_path
     with open(data_path, "rb") as file:
         try:

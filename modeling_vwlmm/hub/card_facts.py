@@ -18,6 +18,7 @@ from .redaction import base_name, without_paths
 
 
 EVAL_RESULTS_NAME = "eval_results.json"
+INTERVAL = "95 % interval"  # in the `metric_args` of a result; the card shows it beside the value
 # Models under the Llama 2 Community License. The cards of some of them do not say so in their metadata
 _LLAMA_2 = re.compile(
     r"(^|/)(meta-llama/Llama-2-|lmsys/vicuna-\d+b-v1\.5|liuhaotian/llava-v1\.5-|llava-hf/llava-1\.5-"
@@ -165,14 +166,16 @@ def result_tables(results: Iterable[EvalResult]) -> list[str]:
     """A Markdown table for each data set, with a column for each of its splits."""
     tables = []
     for dataset, group in itertools.groupby(results, lambda result: result.dataset_name):
-        values: dict[str, dict[str, Any]] = {}
+        values: dict[str, dict[str, str]] = {}
         for result in group:
             counts = ", ".join(f"{count} {what}" for what, count in (result.dataset_args or {}).items())
             split = (result.dataset_split or "") + (f" ({counts})" if counts else "")
-            values.setdefault(result.metric_name or result.metric_type, {})[split] = result.metric_value
+            low, high = (result.metric_args or {}).get(INTERVAL, (None, None))
+            shown = f"{result.metric_value}" + ("" if low is None else f" [{low}, {high}]")
+            values.setdefault(result.metric_name or result.metric_type, {})[split] = shown
         splits = list(dict.fromkeys(split for row in values.values() for split in row))
         rows = [[dataset, *splits], ["---"] * (len(splits) + 1)]
-        rows += [[name, *(str(row.get(split, "")) for split in splits)] for name, row in values.items()]
+        rows += [[name, *(row.get(split, "") for split in splits)] for name, row in values.items()]
         tables.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     return tables
 
