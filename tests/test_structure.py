@@ -95,19 +95,20 @@ def test_the_import_of_the_data_is_light():
 
 
 def declared(keyword):
-    """Names in a list of requirements of setup.py, or in all lists of a dictionary of them."""
+    """Names in a list of requirements of setup.py, or in a dictionary of them those that users install."""
     (value,) = [
         node.value
         for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
         if isinstance(node, ast.keyword) and node.arg == keyword
     ]
     value = ast.literal_eval(value)
-    requirements = value if isinstance(value, list) else value["quickstart"]
-    return {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
+    if isinstance(value, dict):
+        value = [name for extra, names in value.items() if extra not in ("test", "quality") for name in names]
+    return {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in value}
 
 
 def test_what_is_imported_is_declared():
-    """For `easy_vqa`, in the extra of the quickstart."""
+    """What not everybody needs, in an extra."""
     required, optional = declared("install_requires"), declared("extras_require")
     names = {distribution: IMPORTED_AS.get(distribution, distribution) for distribution in required | optional}
     imported = {source.partition(".")[0] for module in FILES for source, _ in imports_of(module)}

@@ -92,9 +92,7 @@ def evaluate(
         found = file.answers
     answers = [found[i].strip() for i in range(len(questions))]
     scores = {name: METRICS[name](answers, references) for name in metrics}
-    return Evaluation(
-        questions, answers, scores, {name: figures_of(questions, scores[name], by) for name in metrics}
-    )
+    return Evaluation(questions, answers, scores, {name: figures_of(questions, scores[name], by) for name in metrics})
 
 
 def figures_of(questions: Sequence[Question], scores: Sequence[float], by: Sequence[str] = ()) -> dict[str, Interval]:

@@ -47,4 +47,5 @@ def interval(
     while len(means) < samples:
         drawn = generator.integers(len(sums), size=(min(at_once, samples - len(means)), len(sums)))
         means += list(sums[drawn].sum(1) / counts[drawn].sum(1))
-    return Interval(float(values.mean()), *map(float, np.percentile(means, [2.5, 97.5])), len(values), len(sums))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(values.mean()), float(low), float(high), len(values), len(sums))

@@ -106,8 +106,8 @@ def questions_of(
         questions = _of_row(row, columns, where, with_history)
         if not any(question.answers for question in questions):
             raise ValueError(
-                f"{where} has no answer to compare with, expected a turn of the assistant after a question, or a column "
-                'called "answer" or "answers"'
+                f"{where} has no answer to compare with, expected a turn of the assistant after a question, or a "
+                'column called "answer" or "answers"'
             )
         for number, question in enumerate(questions):
             if len(questions) > 1:
@@ -167,7 +167,7 @@ def _system(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _alone(turn: dict[str, Any], images: int) -> dict[str, Any]:
-    """A turn with all images that were shown, at its front on a line of their own, where it has not got them itself."""
+    """A turn with all images that were shown until then at its front, if it does not have them itself."""
     own = sum(part["type"] == "image" for part in turn["content"])
     if own == images:
         return turn

@@ -2,7 +2,14 @@
 
 import pytest
 
-from modeling_vwlmm.evaluation.metrics import METRICS, check_metrics, exact_match, fitting_metrics, normalize, vqa_accuracy
+from modeling_vwlmm.evaluation.metrics import (
+    METRICS,
+    check_metrics,
+    exact_match,
+    fitting_metrics,
+    normalize,
+    vqa_accuracy,
+)
 
 
 @pytest.mark.parametrize(

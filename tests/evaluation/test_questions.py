@@ -19,7 +19,12 @@ def turn(role, text, images=0):
 
 
 def test_each_turn_is_asked_by_itself_about_the_images_so_far():
-    messages = [turn("user", "\nwhat?", 1), turn("assistant", "cat"), turn("user", "and?", 1), turn("assistant", "dog")]
+    messages = [
+        turn("user", "\nwhat?", 1),
+        turn("assistant", "cat"),
+        turn("user", "and?", 1),
+        turn("assistant", "dog"),
+    ]
     first, second = questions_of(rows({"id": "x", "images": [picture(0), picture(1)], "messages": messages}))
     assert (first.id, first.text, first.answers) == ("x#0", "what?", ["cat"])
     assert first.prompt == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nwhat?"}]}]
