@@ -22,6 +22,7 @@ setup(
         "datasets>=5.2,<6",
         "safetensors>=0.8,<1",
         "huggingface_hub>=2.4,<3",
+        "filelock>=3.16,<5",
         "httpx2>=2.0,<3",
         "jinja2>=3.1,<4",
         "matplotlib>=3.10,<4",
@@ -33,6 +34,7 @@ setup(
         "pyyaml>=6,<7",
         "tokenizers>=0.23,<0.24",
         "tqdm>=4.60,<5",
+        "xxhash>=3.4,<5",
     ],
     extras_require={
         "quickstart": ["easy-vqa==1.0"],

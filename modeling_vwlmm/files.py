@@ -27,8 +27,22 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write a file that [`read_json`] reads."""
-    Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a file that [`read_json`] reads, or leave the one that is there."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A name beside that of a file, for what takes its place once it is whole."""
+    path = Path(path)
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def describe(value: Any) -> str:

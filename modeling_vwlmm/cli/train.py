@@ -1,5 +1,6 @@
 """`vwlmm train`: trains a model as a recipe says."""
 
+import contextlib
 import difflib
 import os
 import sys
@@ -43,10 +44,13 @@ class TrainArguments:
 
 def main(argv: list[str]) -> None:
     arguments, config, lora, recipe = _parse(argv)
-    trainer = _load(arguments, config, lora, recipe)
-    is_finished, checkpoint = _resume(trainer)
-    if not is_finished:
-        _run(trainer, checkpoint)
+    with _own_folder(arguments, config, recipe):
+        trainer = _load(arguments, config, lora, recipe)
+        is_finished, checkpoint = _resume(trainer)
+        if not is_finished:
+            _run(trainer, checkpoint)
+        if config.push_to_hub:
+            _push(trainer)
 
 
 def _parse(argv: list[str]) -> "tuple[TrainArguments, VWLmmSFTConfig, LoraArguments, dict[str, Any]]":
@@ -122,6 +126,24 @@ def _texts_of(value: Any) -> Iterator[str]:
     raise ValueError(f"aliases make it larger than {LONGEST_RECIPE:,} values")
 
 
+@contextlib.contextmanager
+def _own_folder(arguments: TrainArguments, config: "VWLmmSFTConfig", recipe: dict[str, Any]) -> Iterator[None]:
+    """Refuse a folder that is another's before anything is read, and keep others out of it until the end."""
+    from ..trainer.checkpoints import last_checkpoint
+    from ..trainer.lock import locked
+    from ..trainer.output_dir import check_output_dir
+
+    asked_for, folder = str(config.resume_from_checkpoint).lower(), config.output_dir
+    # The other processes of a run rely on its first
+    with locked(folder) if config.process_index == 0 else contextlib.nullcontext():
+        if asked_for == "false" and (last := last_checkpoint(folder)):
+            raise ValueError(f"{last} is there: to start anew, remove it or name another output_dir")
+        if asked_for in ("none", "false"):
+            sources = {name: getattr(arguments, name) for name in ("model", "dataset", "image_folder", "eval_dataset")}
+            check_output_dir(folder, sources, recipe)
+        yield
+
+
 def _load(
     arguments: TrainArguments, config: "VWLmmSFTConfig", lora: "LoraArguments", recipe: dict[str, Any]
 ) -> "VWLmmSFTTrainer":
@@ -148,19 +170,21 @@ def _load(
 
 def _resume(trainer: "VWLmmSFTTrainer") -> tuple[bool, str | bool | None]:
     """Whether the training is finished already; if not, the checkpoint that it goes on from, if there is one."""
-    from ..trainer.checkpoints import is_finished, last_checkpoint, own_checkpoint
+    from ..trainer.checkpoints import is_finished, own_checkpoint
 
     folder, asked_for = trainer.args.output_dir, trainer.args.resume_from_checkpoint
     if asked_for is not None:
-        checkpoint = {"true": True, "false": False}.get(str(asked_for).lower(), asked_for)
-        if checkpoint is False and (last := last_checkpoint(folder)):
-            raise ValueError(f"{last} is there: to start anew, remove it or name another output_dir")
-        return False, checkpoint
+        return False, {"true": True, "false": False}.get(str(asked_for).lower(), asked_for)
     checkpoint = own_checkpoint(folder, trainer.stages)
-    if checkpoint and is_finished(folder, checkpoint):
+    if is_finished(folder, trainer.stages):
         _say(trainer, f"{folder} is finished, there is nothing left to do")
         return True, None
     if checkpoint:
+        if differences := trainer.differences_to(checkpoint):
+            raise ValueError(
+                f"{checkpoint} would not go on as if it had not stopped: {'; '.join(differences)}. Name another "
+                "output_dir, or go on all the same with --resume_from_checkpoint true"
+            )
         _say(trainer, f"going on from {checkpoint}")
     return False, checkpoint
 
@@ -172,12 +196,22 @@ def _run(trainer: "VWLmmSFTTrainer", checkpoint: str | bool | None) -> None:
     try:
         _say(trainer, "\n" + summary_of(trainer))
         trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # it is pushed afterwards, when all of the folder is there
         trainer.save_state()
         trainer.create_model_card()
     except KeyboardInterrupt:
         last = last_checkpoint(trainer.args.output_dir)
         raise KeyboardInterrupt(f", the last checkpoint is {last}" if last else ", there is no checkpoint") from None
+
+
+def _push(trainer: "VWLmmSFTTrainer") -> None:
+    """Push what is not on the Hub yet. A run that has ended goes on to be one, whatever comes of its push."""
+    folder, repo = trainer.args.output_dir, trainer.hub_model_id
+    try:
+        trainer.push_finished()
+    except (ValueError, OSError) as error:
+        message = f"{folder} is finished, but not on the Hub; vwlmm push {folder} {repo} sends it: {error}"
+        raise OSError(message) from error
 
 
 def _say(trainer: "VWLmmSFTTrainer", message: str) -> None:

@@ -14,6 +14,7 @@ from transformers.utils import PushInProgress, logging
 
 from ..hub.push import check_repository, push
 from ..hub.repository import fill_repository
+from .lock import PUSH_PREFIX
 
 
 logger = logging.get_logger(__name__)
@@ -83,6 +84,18 @@ class HubMixin(Trainer):
             self.init_hf_repo(token, private, base_model)
         self.save_model(_internal_call=True)
         self.save_state()
+        return self.push_finished(commit_message, blocking, token, revision, private, base_model)
+
+    def push_finished(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        base_model: str | None = None,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Push the model that is in the folder already. Arguments as for [`push_to_hub`]."""
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
@@ -91,10 +104,10 @@ class HubMixin(Trainer):
             self.args.output_dir,
             self.hub_model_id,
             base_model=base_model,
-            private=private,
+            private=self.args.hub_private_repo if private is None else private,
             revision=revision or self.args.hub_revision,
             commit_message=commit_message,
-            token=token,
+            token=token or self.args.hub_token,
         )
         return push_model() if blocking else run_as_future(push_model)
 
@@ -112,7 +125,7 @@ class HubMixin(Trainer):
         else:
             when = f"step {self.state.global_step}"
         # transformers may delete the checkpoint before it is sent
-        scratch = tempfile.TemporaryDirectory(prefix=".push-", dir=self.args.output_dir)
+        scratch = tempfile.TemporaryDirectory(prefix=PUSH_PREFIX, dir=self.args.output_dir)
         copy = Path(scratch.name) / Path(checkpoint_folder).name
         try:
             fill_repository(Path(checkpoint_folder), copy)

@@ -162,7 +162,11 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             # Gathered from shards, tied weights are no longer known to be one
             tied = self.model.all_tied_weights_keys
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
-        super()._save(output_dir, state_dict)
+        token, self.args.hub_token = self.args.hub_token, None  # training_args.bin would hold it
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
         if self.args.should_save:
             write_training_run(output_dir or self.args.output_dir, self.stages)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,7 @@ def test_a_base_that_was_trained_anew_makes_another_run(tmp_path, capsys, recipe
     main(base)
     next_stage = ["train", "--config", recipe, *SAVES, "--model", str(tmp_path / "base")]
     main(next_stage)
+    shutil.rmtree(tmp_path / "base")
     main([*base, "--learning_rate", "0.02"])
     assert f"its model {tmp_path}/base was trained differently" in error_of(capsys, *next_stage)
 
