@@ -257,8 +257,8 @@ def own_checkpoint(output_dir: str | os.PathLike, stages: list[dict]) -> str | N
     found = read_training_run(checkpoint or output_dir) if os.path.isdir(output_dir) else []
     if (checkpoint or found) and not is_of_run(found, stages):
         raise ValueError(
-            f"{checkpoint or output_dir} is of another run ({_difference(found, stages)}): name another output_dir or remove that "
-            "one, or go on from it all the same with --resume_from_checkpoint true"
+            f"{checkpoint or output_dir} is of another run ({_difference(found, stages)}): name another output_dir or "
+            "remove that one, or go on from it all the same with --resume_from_checkpoint true"
         )
     return checkpoint
 

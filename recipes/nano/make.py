@@ -54,6 +54,7 @@ def train(seed):
     for number, (stage, steps) in enumerate(STAGES.items(), start=1):
         print(f"\n== {stage} ==", flush=True)
         output = f"runs/nano/{stage}"
+        shutil.rmtree(output, ignore_errors=True)  # of an earlier run, beside which vwlmm train would stop
         fields = {"model": model, "output_dir": output, "max_steps": steps, "logging_steps": 5, "seed": seed}
         arguments = [part for name, value in fields.items() for part in (f"--{name}", str(value))]
         vwlmm(["train", "--config", f"recipes/quickstart/stage{number}_{stage}.yaml", *arguments])

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import shutil
 import time
+from pathlib import Path
 
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -10,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from measure import accuracy, naming_share  # noqa: E402
 from read_text import main as read_text  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
@@ -37,7 +40,10 @@ def train(seed):
     read_text(["--seed", str(seed)])
     for recipe, title in STAGES.items():
         print(f"\n== {title} ==", flush=True)
-        vwlmm(["train", "--config", f"recipes/quickstart/{recipe}.yaml", "--seed", str(seed)])
+        path = Path(f"recipes/quickstart/{recipe}.yaml")
+        # Of an earlier run, beside which vwlmm train would stop
+        shutil.rmtree(yaml.safe_load(path.read_text(encoding="utf-8"))["output_dir"], ignore_errors=True)
+        vwlmm(["train", "--config", str(path), "--seed", str(seed)])
     return time.perf_counter() - started
 
 
