@@ -13,11 +13,9 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import BitsAndBytesConfig
 
 from ..stages import PARTS
+from .reach import LLM, keep_within_llm
 
 
-LLM = PARTS["language_model"][0]
-# A pattern for PEFT's exclude_modules: all but the LLM
-_NOT_IN_THE_LLM = rf"(?!{re.escape(LLM)}\.).*"
 # bitsandbytes must leave these as they are: they are small, and the losses read the weights of the two heads
 NOT_QUANTIZED = [name for names in PARTS.values() for name in names if name != LLM]
 # PEFT finds a module that trains whole by the end of its name
@@ -33,7 +31,7 @@ class LoraArguments:
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of layers of the LLM. All its linear ones if not given."}
+        default=None, metadata={"help": "Names of layers of the LLM, or a regular expression. All its linear ones if not given."}
     )
     lora_modules_to_save: list[str] | None = field(
         default=None,
@@ -55,7 +53,10 @@ class LoraArguments:
         """The [`~peft.LoraConfig`], None without `use_peft`."""
         if not self.use_peft:
             return None
-        targets, more = self.lora_target_modules, self.lora_kwargs or {}
+        targets: Any = self.lora_target_modules
+        if targets and len(targets) == 1 and (targets == ["all-linear"] or not re.fullmatch(r"[\w.]+", targets[0])):
+            targets = targets[0]  # PEFT's shorthand or a regular expression, which a command line makes a list of
+        more = self.lora_kwargs or {}
         try:
             # A command line makes lists of texts, and texts of JSON
             more = json.loads(more) if isinstance(more, str) else more
@@ -64,7 +65,7 @@ class LoraArguments:
                 r=self.lora_r,
                 lora_alpha=self.lora_alpha,
                 lora_dropout=self.lora_dropout,
-                target_modules="all-linear" if targets == ["all-linear"] else targets,
+                target_modules=targets,
                 modules_to_save=self.lora_modules_to_save,
                 use_rslora=self.use_rslora,
                 use_dora=self.use_dora,
@@ -88,16 +89,17 @@ class LoraArguments:
         )
 
 
-def for_language_model(peft_config: LoraConfig, parts: list[str] | None) -> LoraConfig:
-    """A copy of a LoRA config that puts adapters on linear layers of the LLM and on no others.
+def for_language_model(peft_config: LoraConfig, parts: list[str] | None, model: torch.nn.Module) -> LoraConfig:
+    """A copy of a LoRA config that puts adapters on layers of the LLM and on no others, unless it names them.
 
     Args:
         peft_config:
-            A list of `target_modules` names layers of the LLM. If it is not given, all linear layers of the LLM get an
-            adapter. A regular expression is left as it is.
+            If neither `target_modules` nor `target_parameters` are given, all linear layers of the LLM get an adapter.
+            See [`keep_within_llm`] for what names reach.
         parts:
             The parts that the stage trains, keys of `PARTS`. All but the LLM train whole, unless `modules_to_save` is
             given. None if no stage says what trains.
+        model: the [`VWLmmForCausalLM`] that gets the adapter.
 
     Raises:
         ValueError: `parts` leaves the LLM out.
@@ -107,15 +109,11 @@ def for_language_model(peft_config: LoraConfig, parts: list[str] | None) -> Lora
         raise ValueError(
             f"an adapter trains the language_model, but what trains is {', '.join(parts)}: use no PEFT here"
         )
-    if peft_config.target_modules is None:
+    if peft_config.target_modules is None and not peft_config.target_parameters:
         peft_config.target_modules = "all-linear"
-    if peft_config.target_modules == "all-linear" or not isinstance(peft_config.target_modules, str):
-        excluded = peft_config.exclude_modules or []
-        if not isinstance(excluded, str):
-            excluded = "|".join(rf"(.*\.)?{re.escape(name)}" for name in sorted(excluded))
-        peft_config.exclude_modules = "|".join(filter(None, [_NOT_IN_THE_LLM, excluded]))
     if peft_config.modules_to_save is None and parts is not None:
         peft_config.modules_to_save = [SAVED_WHOLE[part] for part in parts if part != "language_model"] or None
+    keep_within_llm(peft_config, model)
     return peft_config
 
 

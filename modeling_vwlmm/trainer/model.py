@@ -83,7 +83,7 @@ def set_stage(
             raise ValueError(f"save_only_trained is for stages that do not train the LLM, but {trainable} train")
         peft_config = parts_alone(trainable)
     elif peft_config is not None:
-        peft_config = for_language_model(peft_config, trainable)
+        peft_config = for_language_model(peft_config, trainable, base_model)
     elif is_peft_model(model):
         if args.trainable is not None:
             raise ValueError("trainable chooses whole parts of a model, but a PEFT model has been told what trains")

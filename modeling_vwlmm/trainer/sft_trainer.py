@@ -28,6 +28,7 @@ from .fused_head import add_visual_word_loss
 from .hub_mixin import HubMixin
 from .lora import keep_precision
 from .model import check_adapter_config, doubts_about, load_model, set_stage, start_projector, trains_only_the_vm_head
+from .reach import freeze_biases_outside
 from .sft_config import VWLmmSFTConfig
 
 
@@ -132,6 +133,8 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        if peft_config is not None:
+            freeze_biases_outside(self.model, peft_config)
         self._eval_sums: dict[str, float] = defaultdict(float)
         self._skipped_samples = {"train": 0, "eval": 0}
         self.scores_text = not trains_only_the_vm_head(base_model)

@@ -63,7 +63,7 @@ def test_switches_pass_through(tmp_path, switch):
     assert (switch == "dora") == any("lora_magnitude_vector" in name for name in names)
 
 
-def test_a_regular_expression_is_taken_as_it_is(tmp_path):
+def test_a_regular_expression_reaches_the_parts_that_it_names(tmp_path):
     model = train(tmp_path, lora={"target_modules": r".*(vision_tower|language_model).*\.q_proj"}, max_steps=1).model
     assert {name.split(".")[1] for name in adapted(model)} == {"vision_tower", "language_model"}
 
@@ -261,6 +261,17 @@ def test_layers_that_are_named_do_not_train_in_a_stage_without_the_llm(tmp_path,
             processing_class=tiny_processor(model.config),
             peft_config=LoraConfig(target_modules=["q_proj"]),
         )
+
+
+def test_a_command_line_names_layers_by_an_expression_or_their_ends():
+    for given, expected in (
+        (["q_proj"], {"q_proj"}),
+        (["model.language_model.layers.0.self_attn.q_proj"], {"model.language_model.layers.0.self_attn.q_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        ([r".*\.(q|v)_proj"], r".*\.(q|v)_proj"),
+        (["all-linear"], "all-linear"),
+    ):
+        assert LoraArguments(use_peft=True, lora_target_modules=given).peft_config().target_modules == expected
 
 
 def test_a_command_line_names_all_linear_layers_and_more_fields():
