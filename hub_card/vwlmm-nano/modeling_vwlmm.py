@@ -59,10 +59,16 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
 
     def train(self, mode: bool = True) -> "VWLmmModel":
         super().train(mode)
-        # In training mode, the running statistics (BatchNorm) of a frozen tower would move
-        if not self._tower_trains():
-            self.vision_tower.eval()
+        self._train_tower(mode)
         return self
+
+    def _train_tower(self, mode: bool) -> None:
+        self.vision_tower.train(mode and self._tower_trains())
+        # In training mode, running statistics (BatchNorm) move. Those of a frozen layer would be saved with no adapter
+        for module in self.vision_tower.modules():
+            if getattr(module, "running_mean", None) is not None:
+                parameters = list(module.parameters()) or list(self.vision_tower.parameters())
+                module.train(module.training and all(parameter.requires_grad for parameter in parameters))
 
     def _tower_trains(self) -> bool:
         return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
@@ -140,7 +146,7 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         self.vision_tower.eval()
         blank = inputs_embeds.new_zeros(1, channels, *self.config.image_size)
         features = self.project_images(blank).image_hidden_states[:0]
-        self.vision_tower.train(training)
+        self._train_tower(training)
         return VWLmmImageOutput(pooler_output=self._read_by_the_llm(features), image_hidden_states=features)
 
     @can_return_tuple

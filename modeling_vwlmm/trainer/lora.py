@@ -31,7 +31,8 @@ class LoraArguments:
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of layers of the LLM, or a regular expression. All its linear ones if not given."}
+        default=None,
+        metadata={"help": "Names of layers of the LLM, or a regular expression. All its linear ones if not given."},
     )
     lora_modules_to_save: list[str] | None = field(
         default=None,

@@ -44,7 +44,7 @@ def keep_within_llm(peft_config: Any, model: torch.nn.Module) -> None:
         peft_config.modules_to_save = _narrowed("modules_to_save", chosen, modules, str.endswith)
 
 
-def freeze_biases_outside(model: torch.nn.Module, peft_config: Any) -> None:
+def freeze_biases_outside(model: Any, peft_config: Any) -> None:
     """Freeze what `bias="all"` lets train outside of the LLM, in parts that the config does not name."""
     if not is_peft_model(model) or getattr(peft_config, "bias", "none") != "all":
         return
@@ -81,7 +81,7 @@ def _narrowed(field: str, entries: Any, names: list[str], matches: Callable[[str
         inside = [name for name in found if name.startswith(f"{LLM}.")]
         if found and not inside and not _named_in(entry):
             raise ValueError(
-                f"found {entry!r} in {field}, which matches nothing in the LLM: to reach outside of it, name the part, "
+                f"found {entry!r} in {field}, which matches nothing in the LLM: to reach further, name the part, "
                 f"as in {found[0]!r}"
             )
         is_wide = len(inside) < len(found) and not _named_in(entry)

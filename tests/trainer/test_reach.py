@@ -80,7 +80,7 @@ def test_what_lies_outside_of_the_llm_alone_has_to_be_named(tmp_path, field):
 
 @pytest.mark.parametrize("lora", [{"target_modules": ["q_proj", "convolution"]}, {"bias": "all"}], ids=str)
 def test_statistics_of_a_tower_that_somebody_has_adapted_stay(tmp_path, lora):
-    """A PEFT model has been told what trains: its tower has adapters or biases, but its layers' statistics are frozen."""
+    """A PEFT model has been told what trains: adapters or biases of its tower, but no statistics."""
     base = base_folder(tmp_path, tower="resnet")
     model = AutoModelForCausalLM.from_pretrained(base)
     before = statistics_of(model)
