@@ -77,8 +77,9 @@ class VWLmmConfig(LlavaConfig):
             Whether the LLM reads sum_v w[v] E[v], the visual words times its input embeddings, in place of the
             features.
 
-    `image_token_id` may lie beyond the LLM's vocabulary. Placeholders are never looked up or predicted, so the
-    embeddings need no row for them and the LLM's logits stay as they were.
+    `image_token_id` may lie beyond the LLM's vocabulary, as it does in the models that `vwlmm convert` makes. It is
+    never predicted, and its embedding is replaced by those of patches, so that it needs no row in the weights: the
+    LLM's logits, their shape and the text loss stay what they were. See [`~modeling_vwlmm.image_token`].
     """
 
     model_type = "vwlmm"

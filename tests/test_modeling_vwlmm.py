@@ -21,6 +21,7 @@ from helpers.tiny import (
     llm_config,
     rows_of,
     tiny_batch,
+    tiny_config,
     tiny_model,
     tower_config,
     without_labels,
@@ -232,15 +233,26 @@ def test_the_weight_scales_the_gradients_of_the_visual_word_loss():
 
 
 @IMAGE_TOKENS
-@pytest.mark.parametrize("images,message", [(3, "16 .*3 .*12"), (5, "16 .*5 .*20"), (None, "16 .*0 .*0")])
+@pytest.mark.parametrize("images,message", [(3, "16 .*3 .*12"), (5, "16 .*5 .*20")])
 def test_placeholders_that_do_not_match_the_images(images, message, image_token_index):
     model = tiny_model(image_token_index=image_token_index)
     batch = tiny_batch(model.config)
-    pixel_values = batch.pop("pixel_values")
-    if images is not None:
-        batch["pixel_values"] = pixel_values.repeat(2, 1, 1, 1)[:images]
+    batch["pixel_values"] = batch["pixel_values"].repeat(2, 1, 1, 1)[:images]
     with pytest.raises(ValueError, match=message):
         model(**batch)
+
+
+def test_placeholders_without_images():
+    """A token of the vocabulary is read as the token that it is, as in LLaVA. One beyond it has nothing to read."""
+    model = tiny_model(image_token_index=IMAGE_WITHIN)
+    batch = tiny_batch(model.config)
+    del batch["pixel_values"]
+    out = model(**batch)
+    read = model.model.language_model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    assert_close(out.logits, model.lm_head(read))
+    assert out.vw_loss is None
+    with pytest.raises(ValueError, match="16 .*0 .*0"):
+        tiny_model()(input_ids=tiny_batch(tiny_config())["input_ids"])
 
 
 def test_images_without_placeholders():
@@ -257,11 +269,33 @@ def test_inputs_embeds():
     input_ids = batch.pop("input_ids")
     inputs_embeds = model.get_input_embeddings()(input_ids)
     assert torch.equal(model(**batch, inputs_embeds=inputs_embeds).loss, expected.loss)
-    with pytest.raises(ValueError, match="pixel_values need input_ids"):
-        model(inputs_embeds=inputs_embeds, pixel_values=torch.zeros(1, 3, 16, 16))
     for both in ({}, {"input_ids": input_ids, "inputs_embeds": inputs_embeds}):
         with pytest.raises(ValueError, match="exactly one"):
             model(**both)
+
+
+@PSEUDO
+@IMAGE_TOKENS
+def test_inputs_embeds_with_images(image_token_index, pseudo):
+    """As in LLaVA, images go where the embedding is that of the image token."""
+    model = tiny_model(image_token_index=image_token_index, pseudo_image_features=pseudo)
+    batch = tiny_batch(model.config)
+    expected = model(**batch)
+    inputs = {**batch, "inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
+    images = model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+    del inputs["input_ids"]
+    for given in ({"pixel_values": batch["pixel_values"]}, {"mm_encoder_outputs": {"image": images}}):
+        out = model(**inputs, **given)
+        assert torch.equal(out.logits, expected.logits) and torch.equal(out.vw_loss, expected.vw_loss)
+    with pytest.raises(ValueError, match="0 image placeholders"):
+        model(inputs_embeds=torch.zeros(1, 4, 16), pixel_values=batch["pixel_values"][:1])
+
+
+def test_the_image_token_is_the_one_id_beyond_the_vocabulary():
+    embeddings = tiny_model(image_token_index=IMAGE_FAR_BEYOND).get_input_embeddings()
+    assert embeddings.weight.shape[0] == VOCAB_SIZE and len(embeddings(torch.tensor([IMAGE_FAR_BEYOND])).unique()) == 1
+    with pytest.raises(IndexError):
+        embeddings(torch.tensor([VOCAB_SIZE]))
 
 
 @PSEUDO

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from helpers.cases import IMAGE_TOKENS, PSEUDO, Calls
 from helpers.tiny import (
@@ -14,6 +14,8 @@ from helpers.tiny import (
     LLMS,
     ROWS,
     VOCAB_SIZE,
+    llm_config,
+    randomize,
     rows_of,
     tiny_batch,
     tiny_model,
@@ -134,6 +136,61 @@ def test_beams_and_returned_sequences(pseudo):
         expected = model.generate(**without_labels(row), **settings)
         assert found[2 * i : 2 * i + 2, -6:].tolist() == expected[:, -6:].tolist()
         assert expected[0].tolist() != expected[1].tolist()
+
+
+@PSEUDO
+@IMAGE_TOKENS
+@torch.no_grad()
+def test_generation_from_inputs_embeds(image_token_index, pseudo):
+    model = tiny_model(image_token_index=image_token_index, pseudo_image_features=pseudo)
+    inputs = without_labels(tiny_batch(model.config, [(3, IMAGE, 4)]))
+    for settings in ({}, {"num_beams": 2, "num_return_sequences": 2}):
+        settings = {"max_new_tokens": 6, "do_sample": False, **settings}
+        expected = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+        embeds = {**inputs, "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+        del embeds["input_ids"]
+        assert model.generate(**embeds, **settings).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("image_token_index", [IMAGE_WITHIN, IMAGE_BEYOND, IMAGE_FAR_BEYOND])
+@torch.no_grad()
+def test_what_generation_looks_up_by_the_ids_of_the_prompt(image_token_index):
+    model = tiny_model(image_token_index=image_token_index)
+    inputs = without_labels(tiny_batch(model.config, [(3, IMAGE, 4)]))
+    inputs["input_ids"][0, -1] = inputs["input_ids"][0, 2]  # which a placeholder follows in the prompt
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    free = model.generate(**inputs, **settings)
+    text_model = randomize(AutoModelForCausalLM.from_config(llm_config()), seed=1)
+    for assistance in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": text_model}):
+        assert model.generate(**inputs, **settings, **assistance).tolist() == free.tolist()
+
+    (prompt,) = inputs["input_ids"].tolist()
+    processors = [
+        model._get_logits_processor(
+            GenerationConfig(encoder_no_repeat_ngram_size=2, encoder_repetition_penalty=penalty),
+            input_ids_seq_length=len(prompt),
+            encoder_input_ids=inputs["input_ids"],
+        )
+        for penalty in (None, 2.0)
+    ]
+    scores = torch.ones(1, VOCAB_SIZE)
+    is_banned, is_rewarded = (process(inputs["input_ids"], scores)[0] for process in processors)
+    assert is_banned.isinf().nonzero().flatten().tolist() == [t for t in [image_token_index] if t < VOCAB_SIZE]
+    assert (is_rewarded == 2).nonzero().flatten().tolist() == sorted(set(prompt) - {image_token_index})
+
+
+@IMAGE_TOKENS
+@torch.no_grad()
+def test_an_assistant_sees_the_images(image_token_index):
+    model = tiny_model(image_token_index=image_token_index)
+    inputs = without_labels(tiny_batch(model.config, [(3, IMAGE, 4)]))
+    settings = {"max_new_tokens": 9, "do_sample": False}
+    expected = model.generate(**inputs, **settings)
+    lm_head, assistant = Calls(model.lm_head), tiny_model(image_token_index=image_token_index)
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    found = model.generate(**inputs, **settings, assistant_model=assistant)
+    # The same model proposes nothing wrong
+    assert found.tolist() == expected.tolist() and lm_head.lengths == [9]
 
 
 @torch.no_grad()

@@ -105,6 +105,22 @@ def test_a_checkpoint_that_does_not_fit(name, change, message, tmp_path):
             auto_class.from_pretrained(tmp_path)
 
 
+def test_who_asks_for_a_new_part_gets_it(tmp_path):
+    """The model without a head, loaded with one, and whoever wants to be told what is missing."""
+    model = tiny_model()
+    model.model.save_pretrained(tmp_path / "base")
+    loaded = VWLmmForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(loaded.model.vm_head.weight, model.model.vm_head.weight)
+    path = tmp_path / "base" / "model.safetensors"
+    weights = load_file(path)
+    del weights["vm_head.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing: model\.vm_head\.weight$"):
+        VWLmmForCausalLM.from_pretrained(tmp_path / "base")
+    _, info = VWLmmForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert info["missing_keys"] == {"model.vm_head.weight", "lm_head.weight"}
+
+
 @pytest.mark.parametrize("model_type", ["llava", "llama"])
 def test_a_checkpoint_of_another_type(model_type, tmp_path):
     if model_type == "llava":

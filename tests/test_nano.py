@@ -25,7 +25,15 @@ from measure import accuracy, naming_share  # noqa: E402
 
 NANO = ROOT / "hub_card" / "vwlmm-nano"
 CODE = {
-    *("compatibility.py", "configuration_vwlmm.py", "modeling_vwlmm.py", "strict_loading.py", "visual_word_loss.py")
+    f"{name}.py"
+    for name in (
+        "compatibility",
+        "configuration_vwlmm",
+        "image_token",
+        "modeling_vwlmm",
+        "strict_loading",
+        "visual_word_loss",
+    )
 }
 PICTURES = {"assets/losses.png", "assets/visual_words.png"}
 

@@ -32,6 +32,11 @@ NAMES = {
     "transformers.modeling_outputs.CausalLMOutputWithPast": "our outputs add the two losses to it",
     "transformers.utils.can_return_tuple": "as LLaVA's forward",
     "transformers.utils.torch_compilable_check": "placeholders are counted under torch.compile too",
+    # transformers: generation
+    "transformers.generation.GenerationMixin._get_candidate_generator": "proposals are made without the image token",
+    "transformers.generation.GenerationMixin._get_logits_processor": "scores have a place for the image token",
+    "transformers.generation.AssistedCandidateGenerator": "an assistant may know no image token",
+    "transformers.generation.PromptLookupCandidateGenerator": "the prompt has tokens that are never predicted",
     # transformers: checkpoints
     "transformers.conversion_mapping.get_model_conversion_mapping": "LLaVA's names of weights, old ones among them",
     "transformers.core_model_loading.WeightConverter": "a renaming that changes tensors too, which is refused",

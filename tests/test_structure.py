@@ -16,7 +16,14 @@ ROOMS = ["cli", "trainer", "evaluation", "hub", "conversion", "data", "root"]
 # They travel to the Hub, where nothing else of the package is
 TRAVELS = {
     f"modeling_vwlmm.{name}"
-    for name in ("compatibility", "configuration_vwlmm", "modeling_vwlmm", "strict_loading", "visual_word_loss")
+    for name in (
+        "compatibility",
+        "configuration_vwlmm",
+        "image_token",
+        "modeling_vwlmm",
+        "strict_loading",
+        "visual_word_loss",
+    )
 }
 LONGEST = 350
 

@@ -18,12 +18,19 @@ try:
         AutoConfig,
         AutoModel,
         Cache,
+        EncoderNoRepeatNGramLogitsProcessor,
+        EncoderRepetitionPenaltyLogitsProcessor,
+        GenerationMixin,
         LlavaConfig,
         LlavaForConditionalGeneration,
         LlavaModel,
         LlavaPreTrainedModel,
+        LogitsProcessor,
+        LogitsProcessorList,
+        PreTrainedModel,
     )
     from transformers.activations import ACT2FN  # noqa: F401
+    from transformers.generation import AssistedCandidateGenerator, PromptLookupCandidateGenerator  # noqa: F401
     from transformers.modeling_outputs import (
         BaseModelOutputWithPast,
         BaseModelOutputWithPooling,

@@ -18,10 +18,12 @@ from .compatibility import (
     VWLmmModelOutputWithPast,
     can_return_tuple,
     kept_positions,
+    logging,
     name_cache,
     torch_compilable_check,
 )
 from .configuration_vwlmm import VWLmmConfig, select_image_features
+from .image_token import ImageTokenGenerationMixin, add_image_token
 from .strict_loading import VWLmmPreTrainedModel, refuse_other_adapters
 from .visual_word_loss import (
     embedding_rows,
@@ -30,6 +32,9 @@ from .visual_word_loss import (
     visual_word_loss,
     weight_and_bias,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 class VWLmmMultiModalProjector(nn.Module):
@@ -54,6 +59,7 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = VWLmmMultiModalProjector(config)  # type: ignore[assignment]  # LLaVA's own
         self.language_model = AutoModel.from_config(config.text_config)
+        add_image_token(self.language_model.get_input_embeddings(), config.image_token_id)
         self.vm_head = nn.Linear(config.text_config.hidden_size, config.visual_vocab_size, bias=False)
         self.post_init()
 
@@ -162,51 +168,66 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
     ) -> tuple | VWLmmModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if inputs_embeds is not None and pixel_values is not None:
-            raise ValueError("pixel_values need input_ids, whose placeholders say where the images go")
 
-        image_mask = image_features = None
-        if input_ids is not None:
-            image_mask = input_ids == self.config.image_token_id
-            # A placeholder may lie beyond the vocabulary, and its embedding is replaced in any case
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
-            image_outputs = (mm_encoder_outputs or {}).get("image")
-            if image_outputs is None and pixel_values is not None:
-                image_outputs = self.get_image_features(
-                    pixel_values=pixel_values,
-                    vision_feature_layer=vision_feature_layer,
-                    vision_feature_select_strategy=vision_feature_select_strategy,
-                    return_dict=True,
-                )
-            if image_outputs is None and input_ids.shape[1] > 1 and self._needs_image_graph():
-                image_outputs = self._no_images(inputs_embeds)
-            read = None
-            if image_outputs is not None:
-                read = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-                image_features = image_outputs.get("image_hidden_states", read).to(read.device, read.dtype)
-            # While decoding, the single token is a generated one and no placeholder
-            if read is not None or input_ids.shape[1] > 1:
-                self._check_placeholders(image_mask, read)
-            if read is not None:
-                inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), read)
+        image_features = read = None
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if image_outputs is None and pixel_values is not None:
+            image_outputs = self.get_image_features(
+                pixel_values=pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                return_dict=True,
+            )
+        image_mask = self._image_mask(input_ids, inputs_embeds, image_outputs is not None)
+        if inputs_embeds is None:
+            # The embeddings of placeholders are replaced, if there are images
+            looked_up = input_ids if image_outputs is None else input_ids.masked_fill(image_mask, 0)
+            inputs_embeds = self.get_input_embeddings()(looked_up)
+        # While decoding, the single token is a generated one and no placeholder
+        is_prompt = image_mask is not None and inputs_embeds.shape[1] > 1
+        if image_outputs is None and is_prompt and self._needs_image_graph():
+            image_outputs = self._no_images(inputs_embeds)
+        if image_outputs is not None:
+            read = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_features = image_outputs.get("image_hidden_states", read).to(read.device, read.dtype)
+        if read is not None or is_prompt:
+            self._check_placeholders(image_mask, read)
+        if read is not None:
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), read)
 
         outputs = self.language_model(inputs_embeds=inputs_embeds, **{**name_cache(kwargs), "return_dict": True})
         kept = {name: outputs.get(name) for name in ("last_hidden_state", CACHE, "hidden_states", "attentions")}
         return VWLmmModelOutputWithPast(**kept, image_hidden_states=image_features, image_mask=image_mask)
 
+    def _image_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, has_images: bool) -> Any:
+        """Where placeholders stand, (B, T): by their id, or else, as in LLaVA, by the image token's embedding."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        if not has_images or inputs_embeds is None:
+            return None
+        image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
+
     def _check_placeholders(self, image_mask: torch.Tensor, image_features: torch.Tensor | None) -> None:
-        found = image_mask.sum()
+        found, image_token_id = image_mask.sum(), self.config.image_token_id
+        if image_features is None and image_token_id < self.config.text_config.vocab_size:
+            # As in LLaVA, the placeholders are then read as the token that they are
+            if not torch.compiler.is_compiling() and found:
+                logger.warning_once(
+                    f"the text has {found} image placeholders (id {image_token_id}), but no image is given"
+                )
+            return
         images, patches = (0, self.config.image_seq_length) if image_features is None else image_features.shape[:2]
         torch_compilable_check(
             found == images * patches,
             lambda: (
-                f"input_ids hold {found} image placeholders (id {self.config.image_token_id}), but {images} image(s) "
-                f"of {patches} patches need {images * patches}"
+                f"the text has {found} image placeholders (id {image_token_id}), but {images} image(s) of {patches} "
+                f"patches need {images * patches}"
             ),
         )
 
 
-class VWLmmForCausalLM(VWLmmPreTrainedModel, LlavaForConditionalGeneration):
+class VWLmmForCausalLM(VWLmmPreTrainedModel, ImageTokenGenerationMixin, LlavaForConditionalGeneration):
     """VW-LMM: LLaVA with a VM head, trained on its text and on its image positions (arXiv 2403.07720)."""
 
     def __init__(self, config: VWLmmConfig):

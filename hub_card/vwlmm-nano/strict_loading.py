@@ -39,7 +39,11 @@ class VWLmmPreTrainedModel(LlavaPreTrainedModel):
         output_loading_info: bool = False,
         **kwargs,
     ) -> _Model:
-        """As in transformers, but weights that are missing, unexpected or of another shape are a `ValueError`."""
+        """As in transformers, but weights that are missing, unexpected or of another shape are a `ValueError`.
+
+        Two callers ask for a model that is new in part: one that loads what the model without a head saved, which then
+        gets a new head, and one that wants to be told, with `output_loading_info=True`, what is missing or unexpected.
+        """
         # transformers' own error for a tensor of another shape does not name the checkpoint, so the one below does
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         loaded: Any = super().from_pretrained(
@@ -47,6 +51,10 @@ class VWLmmPreTrainedModel(LlavaPreTrainedModel):
         )
         model, info = loaded
         problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
+        if output_loading_info:
+            problems = {}
+        elif model.config.architectures == [type(model.base_model).__name__]:
+            problems["missing"] = {name for name in info["missing_keys"] if not name.startswith("lm_head.")}
         if not ignore_mismatched_sizes:
             problems["of another shape than the config says"] = [
                 f"{name} {tuple(found)} instead of {tuple(expected)}"

@@ -23,7 +23,15 @@ from modeling_vwlmm.hub import load_check
 
 HOST = "anns-desktop"
 CODE = {
-    *("compatibility.py", "configuration_vwlmm.py", "modeling_vwlmm.py", "strict_loading.py", "visual_word_loss.py")
+    f"{name}.py"
+    for name in (
+        "compatibility",
+        "configuration_vwlmm",
+        "image_token",
+        "modeling_vwlmm",
+        "strict_loading",
+        "visual_word_loss",
+    )
 }
 PROCESSOR = {"chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 
