@@ -151,6 +151,14 @@ def test_auto_classes(tmp_path):
         assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
+def test_a_model_without_a_head_leaves_the_head_out(tmp_path):
+    model = tiny_model()
+    loaded, info = VWLmmModel.from_pretrained(saved(model, tmp_path), output_loading_info=True)
+    assert not info["unexpected_keys"] and loaded.state_dict().keys() == model.model.state_dict().keys()
+    # vLLM would leave out of the whole model what is named here
+    assert not loaded._keys_to_ignore_on_load_unexpected and not model._keys_to_ignore_on_load_unexpected
+
+
 def test_a_resized_model_is_saved_and_loaded(tmp_path):
     model = tiny_model()
     model.resize_token_embeddings(VOCAB_SIZE + 6, mean_resizing=False)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -69,11 +70,19 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
     if dtype != "auto":
         base.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     before = _digests(base)
+    is_tied = base.lm_head.weight is base.get_input_embeddings().weight
     try:
-        with reading(adapter):
-            model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+        with reading(adapter), warnings.catch_warnings():
+            # PEFT warns of tied weights, which are parted here before anything is added
+            warnings.filterwarnings("ignore", message=r"Model (with|has) `tie_word_embeddings=True`")
+            model = PeftModel.from_pretrained(base, adapter)
+            if is_tied:
+                _untie(model)
+            model = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # a tensor is missing or has another shape
         raise ValueError(f"{adapter} does not fit {name}, its base model: {error}") from error
+    if is_tied:
+        _tie_if_equal(model)
     if _digests(model) == before:
         raise ValueError(
             f"merging {adapter} into {name} changes nothing: its weights are zero, or too small for {model.dtype}"
@@ -82,6 +91,25 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
         if field in run.get("config", {}):
             setattr(model.config, field, run["config"][field])
     return model
+
+
+def _untie(model: torch.nn.Module) -> None:
+    """Give every layer a weight of its own: an adapter on the embeddings would be merged into a tied head as well."""
+    seen = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:
+                setattr(module, name, torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            seen.add(parameter)
+
+
+def _tie_if_equal(model: VWLmmForCausalLM) -> None:
+    """Tie head and embeddings again, or record that they differ from now on."""
+    embeddings: Any = model.get_input_embeddings()
+    is_equal = torch.equal(model.lm_head.weight, embeddings.weight)
+    if is_equal:
+        model.lm_head.weight = embeddings.weight
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = is_equal
 
 
 def _digests(model: torch.nn.Module) -> dict[str, bytes]:

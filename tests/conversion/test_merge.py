@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from helpers.adapters import SWITCHES, base_folder, logits_of, train
@@ -31,6 +32,36 @@ def test_merged_logits_are_the_adapters(tmp_path, llm, switch):
     torch.testing.assert_close(merged.visual_words(pixel_values), words, rtol=1e-5, atol=1e-6)
     processor = AutoProcessor.from_pretrained(tmp_path / "merged")
     assert processor(images=picture(0), text="<image>")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+    ],
+    ids=["embeddings", "both", "both at once", "head", "rows"],
+)
+def test_adapters_of_tied_weights(tmp_path, lora):
+    """What PEFT merges into the embeddings goes into a tied head as well, unless they are parted."""
+    model = VWLmmForCausalLM.from_pretrained(base_folder(tmp_path, llm="llama-tied", pseudo_image_features=True))
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM", **lora))
+    with torch.no_grad():
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = logits_of(model)
+    torch.testing.assert_close(logits_of(merged), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    is_tied = merged.lm_head.weight is merged.get_input_embeddings().weight
+    is_still_tied = bool({"ensure_weight_tying", "trainable_token_indices"} & lora.keys())
+    assert is_tied == merged.config.tie_word_embeddings == merged.config.text_config.tie_word_embeddings
+    assert is_tied == is_still_tied
 
 
 def refused(capsys, *arguments):
