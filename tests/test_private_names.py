@@ -23,7 +23,6 @@ NAMES = {
     "transformers.image_processing_utils.BaseImageProcessor": "tells a processor of images from one of text",
     "transformers.image_utils.OPENAI_CLIP_MEAN": "the mean colour of published checkpoints",
     "transformers.image_utils.OPENAI_CLIP_STD": "the deviation of colours of published checkpoints",
-    "transformers.image_utils.load_image": "images of a URL or a data URL, as in transformers' pipelines",
     "transformers.modeling_utils.set_zero3_state": "a model is loaded under ZeRO-3 as TRL does",
     "transformers.modeling_utils.str_to_torch_dtype": "the dtypes that safetensors names",
     "transformers.utils.find_adapter_config_file": "tells an adapter from a model",

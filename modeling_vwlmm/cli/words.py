@@ -1,6 +1,7 @@
 """`vwlmm words`: draws visual words over images."""
 
 import json
+import os
 import sys
 
 from .errors import Parser
@@ -32,8 +33,13 @@ def main(argv: list[str]) -> None:
     if not (arguments.output or arguments.json):
         parser.error("nothing to do: give --output FILE.png, --json or both")
 
+    from ..files import replacing
     from ..words import draw_words, most_frequent_word, top_words
 
+    if arguments.output and os.path.exists(arguments.output):
+        for path in arguments.images:
+            if os.path.exists(path) and os.path.samefile(path, arguments.output):
+                parser.error(f"--output {arguments.output} is the image {path}, which it would replace")
     images = open_pictures(arguments.images)
     model, processor = load(arguments.model)
     found = top_words(model, processor, images, k=arguments.top, relative=arguments.relative)
@@ -45,7 +51,8 @@ def main(argv: list[str]) -> None:
             file=sys.stderr,
         )
     if arguments.output:
-        draw_words(processor, images, found).save(arguments.output)
+        with replacing(arguments.output) as beside:
+            draw_words(processor, images, found).save(beside)
     if arguments.json:
         print(
             json.dumps(

@@ -1,5 +1,6 @@
 """The images of a data set: found below a folder, opened as LLaVA opens them."""
 
+import base64
 import contextlib
 import functools
 import io
@@ -9,11 +10,11 @@ import stat
 import warnings
 from typing import Any
 
+import httpx2
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from transformers.image_utils import load_image
 
 from ..files import describe
 
@@ -21,6 +22,9 @@ from ..files import describe
 # A processor pads an image to a square of its longer side, or shrinks its shorter one to the tower's: both take memory
 # that has nothing to do with the size of the image's file
 MAX_ASPECT_RATIO = 200
+# Pillow opens others by running a program (EPS runs Ghostscript) or with decoders that few ever tried
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
+WAIT = 30.0  # seconds for the server of an image to answer
 
 
 def open_images(example: dict) -> list[PIL.Image.Image]:
@@ -32,8 +36,8 @@ def open_images(example: dict) -> list[PIL.Image.Image]:
             the row.
 
     Raises:
-        ValueError: a file is missing, broken, no image, has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, more than
-            twice that when it is padded to a square, or a side of 200 times the other.
+        ValueError: a file is missing, broken, of none of `FORMATS`, has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels,
+            more than twice that when it is padded to a square, or a side of 200 times the other.
     """
     return [_open_image(image, example) for image in example["images"]]
 
@@ -90,15 +94,19 @@ def _opened(image: Any, files: contextlib.ExitStack) -> PIL.Image.Image:
     source = image
     if isinstance(image, dict):
         source = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
-        return load_image(source)
+    if isinstance(source, str) and source.startswith("data:"):
+        source = base64.b64decode(source.partition(",")[2])
+    elif isinstance(source, str) and source.startswith(("http://", "https://")):
+        source = httpx2.get(source, timeout=WAIT, follow_redirects=True).raise_for_status().content
     if isinstance(source, (bytes, bytearray)):
         source = io.BytesIO(source)
     elif isinstance(source, (str, os.PathLike)):
         source = os.path.expanduser(source)
+        if not stat.S_ISREG(os.stat(source).st_mode):  # to open a pipe would wait for its other end
+            raise ValueError("found no file")
     else:
         raise TypeError(f"found {describe(image)}, expected an image, its path, URL or bytes")
-    return files.enter_context(PIL.Image.open(source))
+    return files.enter_context(PIL.Image.open(source, formats=FORMATS))
 
 
 def _check_size(size: tuple[int, int]) -> None:

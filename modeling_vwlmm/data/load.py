@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, LargeList, List, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, LargeList, List, config, load_from_disk
 from datasets import load_dataset as load_from_hub
+from huggingface_hub import constants
 
 from .conversations import load_conversations
 from .easy_vqa import easy_vqa
+from .paths import check_paths
 
 
 def load_dataset(name: str, image_folder: str | os.PathLike | None = None, split: str = "train") -> Dataset:
@@ -21,11 +23,12 @@ def load_dataset(name: str, image_folder: str | os.PathLike | None = None, split
     Args:
         name: one of `easy-vqa/TASK`, a data file of LLaVA's (.json, .jsonl), a folder of `save_to_disk`, or a
             repository.
-        image_folder: the folder of the images, for a data file.
+        image_folder: the folder of the images, for a data file, or for a folder that holds their paths alone.
         split: the part of the data set that is loaded. A data file has none.
 
     Raises:
-        ValueError: the name needs a package, an image folder or a split that is missing.
+        ValueError: the name needs a package, an image folder or a split that is missing, or rows name images of other
+            places.
     """
     if name.startswith("easy-vqa/"):
         try:
@@ -43,8 +46,11 @@ def load_dataset(name: str, image_folder: str | os.PathLike | None = None, split
             if split not in dataset:
                 raise ValueError(f'dataset {name} has no split "{split}", but {", ".join(dataset)}')
             dataset = dataset[split]
+        check_paths(dataset, name, [name, *([image_folder] if image_folder is not None else [])])
         return dataset
-    return load_from_hub(name, split=split)
+    dataset = load_from_hub(name, split=split)
+    check_paths(dataset, name, [config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE])
+    return dataset
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> list[str]:

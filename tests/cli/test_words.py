@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.command_line import error_of
 from helpers.conversations import picture, tiny_processor
 from modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.cli import main
@@ -28,3 +29,15 @@ def test_words_draws_and_prints(tmp_path, capsys, model_folder):
             assert [probability for _, probability in patch] == pytest.approx(distribution.topk(3).values.tolist())
             assert patch[0][0] == processor.tokenizer.decode([distribution.argmax()])
     assert Image.open(tmp_path / "words.png").size[0] > 1000
+
+
+def test_words_does_not_replace_an_image_that_it_reads(tmp_path, capsys, model_folder):
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    for output in ("a.png", "b.png"):
+        message = error_of(
+            capsys, "words", str(model_folder), str(tmp_path / "a.png"), "--output", str(tmp_path / output)
+        )
+        assert "which it would replace" in message
+    assert (tmp_path / "a.png").read_bytes() == before

@@ -6,11 +6,12 @@ import re
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Image, List
+from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from helpers.messages import RECORDS, TALK, turns
 from modeling_vwlmm.data import open_images
+from modeling_vwlmm.data.load import load_dataset
 
 
 @pytest.mark.parametrize(
@@ -157,3 +158,46 @@ def test_values_that_no_grey_has(value, found):
     image = PILImage.fromarray(np.array([[0, value]], dtype=dtype))
     with pytest.raises(ValueError, match=f"sample 3: .*mode [IF] with values from {found}, expected 0 to"):
         open_images({"images": [image], "sample_index": 3})
+
+
+def test_formats_that_pillow_runs_programs_for_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("a program was run"))
+    PILImage.new("RGB", (4, 3)).save(tmp_path / "a.eps")
+    for image in ({"path": str(tmp_path / "a.eps"), "bytes": None}, (tmp_path / "a.eps").read_bytes()):
+        with pytest.raises(ValueError, match="UnidentifiedImageError.*expected a whole image"):
+            open_images({"images": [image]})
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png: ValueError: found no file"):
+        open_images({"images": [{"path": str(tmp_path / "a.png"), "bytes": None}]})
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("images", lambda path: [{"path": path, "bytes": None}]),
+        ("images", lambda path: [path]),
+        ("image", lambda path: path),
+        ("messages", lambda path: [{"role": "user", "content": [{"type": "image", "path": path}]}]),
+    ],
+)
+def test_a_saved_data_set_names_files_below_its_folders_alone(tmp_path, column, value):
+    (tmp_path / "images").mkdir()
+    PILImage.new("RGB", (4, 3)).save(tmp_path / "images" / "a.png")
+    rows = Dataset.from_list([{column: value(str(tmp_path / "images" / "a.png"))}])
+    rows.save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=f"saved: column {column}: found the image .*a.png, which leads out of"):
+        load_dataset(str(tmp_path / "saved"))
+    assert len(load_dataset(str(tmp_path / "saved"), tmp_path / "images")) == 1
+    with pytest.raises(ValueError, match="leads out of"):
+        load_dataset(str(tmp_path / "saved"), tmp_path / "imag")
+
+
+def test_a_saved_data_set_of_whole_images_names_none(tmp_path):
+    rows = [{"images": [{"path": "/etc/passwd", "bytes": b"pixels"}], "text": "/etc/passwd"}]
+    Dataset.from_list(rows, features=Features({"images": List(Image()), "text": Value("string")})).save_to_disk(
+        tmp_path / "saved"
+    )
+    assert len(load_dataset(str(tmp_path / "saved"))) == 1
