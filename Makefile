@@ -7,9 +7,11 @@ TORCH ?= torch==2.13.0
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-# Of make photos: conversations of one's own and the folder of their images, and how many times the steps
+# Of make photos: conversations of one's own, the folder of their images, conversations to measure on, and how many
+# times the steps
 DATA ?=
 IMAGES ?=
+HELD_OUT ?=
 TIMES ?= 1
 
 .PHONY: quickstart photos nano nano-refresh bench matrix test quality style
@@ -26,7 +28,8 @@ quickstart: $(VENV)/installed
 	$(BIN)/python recipes/quickstart/run.py
 
 photos: $(VENV)/installed
-	$(BIN)/python recipes/photos/run.py --times $(TIMES) $(if $(DATA),--data $(DATA) --images $(IMAGES))
+	$(BIN)/python recipes/photos/run.py --times $(TIMES) $(if $(DATA),--data $(DATA) --images $(IMAGES)) \
+		$(if $(HELD_OUT),--held_out $(HELD_OUT))
 
 nano: $(VENV)/installed
 	$(BIN)/python recipes/nano/make.py

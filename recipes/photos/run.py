@@ -58,28 +58,33 @@ def run(*command):
     subprocess.run([sys.executable, *map(str, command)], check=True, env={**os.environ, **ENVIRONMENT})
 
 
-def split_own(data, folder, share=8, seed=0):
-    """Own conversations as training and held-out data: every eighth image is held out, but 200 at most."""
+def read_own(data):
+    """The records of a data file that are about one image."""
     read = json.loads if data.endswith(".json") else lambda text: [json.loads(line) for line in text.splitlines()]
-    records = read(Path(data).read_text(encoding="utf-8"))
-    records = [record for record in records if isinstance(record.get("image"), str)]
-    images = sorted({record["image"] for record in records})
-    held_out = set(random.Random(seed).sample(images, min(200, max(1, len(images) // share))))
-    files = {"reading": [], "captions": [], "conversations": [], "held_out": []}
-    for record in records:
-        for name in ["held_out"] if record["image"] in held_out else ["reading", "captions", "conversations"]:
-            files[name].append(record)
+    return [record for record in read(Path(data).read_text(encoding="utf-8")) if isinstance(record.get("image"), str)]
+
+
+def split_own(data, folder, held_out=None, share=8, seed=0):
+    """Own conversations as training and held-out data: every eighth image, but 200 at most, where no file has these."""
+    train = read_own(data)
+    if held_out is not None:
+        tests = read_own(held_out)
+    else:
+        images = sorted({record["image"] for record in train})
+        chosen = set(random.Random(seed).sample(images, min(200, max(1, len(images) // share))))
+        tests = [record for record in train if record["image"] in chosen]
+        train = [record for record in train if record["image"] not in chosen]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, found in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
-    return len(images) - len(held_out), len(held_out)
+    for name, records in {"reading": train, "captions": train, "conversations": train, "held_out": tests}.items():
+        (folder / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
+    return tuple(len({record["image"] for record in records}) for records in (train, tests))
 
 
 def prepare(arguments):
     """The data, and a model that has not been trained: an LLM, a tower, and a projector and a VM head between them."""
     data, images = RUNS / "data", arguments.images or RUNS / "data/images"
     if arguments.data:
-        train, held_out = split_own(arguments.data, data)
+        train, held_out = split_own(arguments.data, data, arguments.held_out)
     else:
         import stamps
 
@@ -112,11 +117,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="your own conversations in LLaVA's JSON, in place of the stamps")
     parser.add_argument("--images", help="folder of the images that they name")
+    parser.add_argument("--held_out", help="your own conversations to measure on, in place of every eighth image")
     parser.add_argument("--times", type=float, default=1.0, help="how many times the recipes' steps to train")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if bool(arguments.data) != bool(arguments.images):
         parser.error("--data and --images belong together")
+    if arguments.held_out and not arguments.data:
+        parser.error("--held_out belongs to --data")
     if RUNS.joinpath("start").exists():
         raise SystemExit(f"make photos: {RUNS} has a run: remove or rename it to start anew")
     images = prepare(arguments)
