@@ -22,7 +22,7 @@ from modeling_vwlmm.cli import main
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = re.findall(r"^vwlmm .*$", README, flags=re.MULTILINE)
-CONVERSIONS = re.findall(r"`(vwlmm convert .* .*)`", README)
+CONVERSIONS = re.findall(r"`(vwlmm (?:convert|export) .* .*)`", README)
 
 
 @pytest.fixture
@@ -88,13 +88,14 @@ def test_conversions_run(local, tmp_path, capsys):
         "llava-hf/llava-1.5-7b-hf": "llava-hf",
         "smollm2.gguf": "llm",
     }
-    assert len(CONVERSIONS) == 6
+    assert len(CONVERSIONS) == 7
     for command in CONVERSIONS:
         for name, folder in here.items():
             command = command.replace(f" {name} ", f" {folder} ")
         command = local(command)
         main(shlex.split(command)[1:])
-        destination = command.split()[-1]
+        words = command.split()
+        destination = words[3] if words[1] == "export" else words[-1]
         loaded = (AutoModelForImageTextToText if "--to llava" in command else AutoModelForCausalLM).from_pretrained(
             destination
         )

@@ -2,7 +2,7 @@
 
 import sys
 
-from . import convert, evaluate, generate, merge, push, train, words
+from . import convert, evaluate, export, generate, merge, push, train, words
 from .errors import check_texts, is_bad_input, refuse
 from .shared import limit_waiting
 
@@ -13,6 +13,7 @@ VERBS = {
     "evaluate": evaluate,
     "convert": convert,
     "merge": merge,
+    "export": export,
     "push": push,
     "generate": generate,
     "words": words,

@@ -5,8 +5,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import constants
@@ -16,7 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..configuration_vwlmm import VWLmmConfig
-from ..files import read_json, read_json_object, write_json
+from ..files import new_folder, read_json, read_json_object, write_json
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..weights import read_weights, write_weights
 from . import load_check
@@ -101,7 +102,29 @@ def read_folder(folder: str | os.PathLike) -> ModelFolder:
     return ModelFolder(folder, config, trained_on)
 
 
-def fill_repository(folder: Path, into: Path, base_model: str | None = None) -> None:
+def export_with_code(source: str | os.PathLike, destination: str | os.PathLike) -> None:
+    """Make a copy of a model with the code that computes it, which loads without this package.
+
+    It does so with `trust_remote_code=True`, as a repository on the Hub does that `vwlmm push` made.
+
+    Args:
+        source: folder of the model.
+        destination: the folder to write, which must not exist.
+
+    Raises:
+        FileExistsError: the destination is there.
+        ValueError: it is an adapter, or no VW-LMM model.
+    """
+    found = read_folder(source)
+    if found.config is None:
+        raise ValueError(f"{source} is an adapter: vwlmm merge {source} FOLDER makes a model of it")
+    with new_folder(destination) as folder:
+        fill_repository(found.folder, folder, place=shutil.copyfile)
+
+
+def fill_repository(
+    folder: Path, into: Path, base_model: str | None = None, place: Callable[[Path, Path], Any] | None = None
+) -> None:
     """Fill a new folder with what belongs into the repository of a model. The weights become links to the model's.
 
     The logs keep their paths at first, because the card finds the folders of earlier stages by them. `make_harmless`
@@ -109,19 +132,21 @@ def fill_repository(folder: Path, into: Path, base_model: str | None = None) -> 
 
     Args:
         base_model (`str`, *optional*): the name that an adapter's config gets for its base model.
+        place (`Callable`, *optional*): puts a file of weights at a path in place of a link.
     """
+    place = place or _link
     into.mkdir(exist_ok=True)
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         left_out = {CONFIG_NAME, "generation_config.json"}
         for file in _find(folder, [ADAPTER_SAFE_WEIGHTS_NAME]):
-            _link(file, into)
+            place(file, into / file.name)
     else:
         left_out = set()
         tensors = read_weights(folder)
         files = _find(folder, sorted({tensor.source for tensor in tensors.values()}))
         if all(file.suffix == ".safetensors" and file.stat().st_size <= LARGEST_FILE for file in files):
             for file in [*files, *_find(folder, [SAFE_WEIGHTS_INDEX_NAME])]:
-                _link(file, into)
+                place(file, into / file.name)
         else:
             write_weights(into, tensors)
         custom_object_save(VWLmmForCausalLM, into)
@@ -141,11 +166,11 @@ def fill_repository(folder: Path, into: Path, base_model: str | None = None) -> 
         shutil.copyfile(file, into / file.relative_to(folder))
 
 
-def _link(file: Path, into: Path) -> None:
+def _link(file: Path, path: Path) -> None:
     try:
-        os.link(file.resolve(), into / file.name)
+        os.link(file.resolve(), path)
     except OSError:  # another file system
-        os.symlink(file.resolve(), into / file.name)
+        os.symlink(file.resolve(), path)
 
 
 def make_harmless(staged: Path, name: str | os.PathLike, token: str | None) -> None:

@@ -65,7 +65,7 @@ def read_own(data):
 
 
 def split_own(data, folder, held_out=None, share=8, seed=0):
-    """Own conversations as training and held-out data: every eighth image, but 200 at most, where no file has these."""
+    """Own conversations as training and held-out data: every eighth image, but 200 at most, if no file has them."""
     train = read_own(data)
     if held_out is not None:
         tests = read_own(held_out)
