@@ -29,7 +29,8 @@ from trl import SFTConfig, SFTTrainer
 from modeling_vwlmm import VWLmmConfig, VWLmmForCausalLM
 from modeling_vwlmm.naive import naive_divergence, naive_visual_word_loss
 from modeling_vwlmm.processing import make_processor
-from modeling_vwlmm.trainer import VWLmmSFTConfig, VWLmmSFTTrainer, train_only
+from modeling_vwlmm.stages import train_only
+from modeling_vwlmm.trainer import VWLmmSFTConfig, VWLmmSFTTrainer
 from modeling_vwlmm.visual_word_loss import scored_positions, visual_word_loss
 
 
