@@ -118,10 +118,10 @@ def bytes_of(found):
     return {name: result and result[1] for name, result in found.items()}
 
 
-def bench_loss(table, sizes, device, rounds):
+def bench_loss(table, sizes, on, rounds):
     shape = f"V {sizes['vocab_size']}, {sizes['n'] // PATCHES} x {PATCHES}"
     for target, title in (("visual_words", "loss alone, joint"), ("language_model", "loss alone, VM head")):
-        spec = {**sizes, "target": target, "device": device}
+        spec = {**sizes, "target": target, **on}
         found = take_turns(loss_alone, {name: {**spec, "loss": name} for name in LOSSES}, rounds)
         seconds, memory = seconds_of(found), bytes_of(found)
         for name in LOSSES:
@@ -135,12 +135,12 @@ def bench_loss(table, sizes, device, rounds):
         table.put(f"{title}: ours / liger, memory", shape, ratio(memory["ours"], memory["liger"]), digits=3)
 
 
-def bench_step(table, model, sizes, device, lora, rounds):
+def bench_step(table, model, sizes, on, lora, rounds):
     batch_size = sizes["n"] // PATCHES
     shape = f"V {sizes['vocab_size']}, {batch_size} x {PATCHES}"
-    spec = {**model, "vocab_size": sizes["vocab_size"], "batch_size": batch_size, "device": device, "lora": lora}
+    spec = {**model, "vocab_size": sizes["vocab_size"], "batch_size": batch_size, **on, "lora": lora}
     found = take_turns(training_step, {name: {**spec, "step": name} for name in STEPS}, rounds)
-    product = {**sizes, "loss": "bare", "device": device, "frozen_heads": lora}
+    product = {**sizes, "loss": "bare", **on, "frozen_heads": lora}
     targets = ("visual_words", "language_model")
     products = take_turns(loss_alone, {target: {**product, "target": target} for target in targets}, rounds)
     joint, vm_head = (products[target] and products[target][0] for target in targets)
@@ -156,14 +156,20 @@ def bench_step(table, model, sizes, device, lora, rounds):
     table.put("step: b / d", shape, ratio(ours, naive))
     table.put("step: c / a", shape, ratio(head, trl))
     table.put("step: c / (forward + bare)", shape, head and forward and vm_head and head / (forward + vm_head))
+    optimizer = found["c: VM head"] and found["c: VM head"][2]
+    table.put("step: c, of which the optimizer, ms", shape, optimizer, 1e3, 0)
+    apart = minus(head, optimizer)
+    table.put(
+        "step: c without it / (forward + bare)", shape, apart and forward and vm_head and apart / (forward + vm_head)
+    )
     memory = bytes_of(found)
     for name in STEPS[:-1]:
         table.put(f"step: {name}, peak GB", shape, memory[name], 1e-9)
     table.put("step: b / a, peak", shape, ratio(memory["b: joint"], memory["a: TRL"]), digits=3)
 
 
-def bench_generation(table, model, vocab_size, device, rounds):
-    spec = {**model, "vocab_size": vocab_size, "batch_size": 1, "device": device}
+def bench_generation(table, model, vocab_size, on, rounds):
+    spec = {**model, "vocab_size": vocab_size, "batch_size": 1, **on}
     found = seconds_of(take_turns(generation, {name: {**spec, "model": name} for name in GENERATIONS}, rounds))
     shape = f"V {vocab_size}, 1 x {PATCHES}"
     for name in GENERATIONS:
@@ -177,15 +183,18 @@ def main():
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[32_000, 152_000])
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--lora", action="store_true", help="adapters on the LLM in the training steps")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=["loss", "steps", "generation"], nargs="+")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
+    on = {"device": device, "dtype": dtype}
     only = arguments.only or ["loss", "steps", "generation"]
     started = time.perf_counter()
     where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    print(f"{where}, {'bfloat16' if device == 'cuda' else 'float32'}, {packages}\n", flush=True)
+    print(f"{where}, {dtype}, {packages}\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         for preset in arguments.preset:
@@ -195,11 +204,11 @@ def main():
                     n = batch_size * PATCHES
                     sizes = {"n": n, "d": model["llm"]["hidden_size"], "vocab_size": vocab_size}
                     if "loss" in only and n * vocab_size <= LIMITS[device]["loss"]:
-                        bench_loss(table, sizes, device, arguments.rounds)
+                        bench_loss(table, sizes, on, arguments.rounds)
                     if "steps" in only and n * vocab_size <= LIMITS[device]["steps"]:
-                        bench_step(table, model, sizes, device, arguments.lora, arguments.rounds)
+                        bench_step(table, model, sizes, on, arguments.lora, arguments.rounds)
                 if "generation" in only:
-                    bench_generation(table, model, vocab_size, device, 5 * arguments.rounds)
+                    bench_generation(table, model, vocab_size, on, 5 * arguments.rounds)
             table.show(f"{preset}, d {model['llm']['hidden_size']}{', LoRA' if arguments.lora else ''}")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
 

@@ -93,10 +93,6 @@ def serve(pipe, meter, run, parameters=()):
         pipe.send((seconds, peak - (meter.before + apart if parameters else 0)))
 
 
-def dtype_on(device):
-    return torch.bfloat16 if device == "cuda" else torch.float32
-
-
 # The loss alone
 
 
@@ -140,7 +136,7 @@ def loss_alone(pipe, spec):
               "f": ((n, d), is_joint), "vm_head": ((vocab_size, d), trains_heads or not is_joint)}  # fmt: skip
     inputs = [
         (torch.randn(shape, device=spec["device"]) * (1 if name in "hf" else d**-0.5))
-        .to(dtype_on(spec["device"]))
+        .to(getattr(torch, spec["dtype"]))
         .requires_grad_(needs_grad)
         for name, (shape, needs_grad) in shapes.items()
     ]
@@ -171,7 +167,7 @@ def build(spec, is_ours):
     config = configs(spec)[0 if is_ours else 1]
     with torch.device(spec["device"]):
         return (VWLmmForCausalLM if is_ours else LlavaForConditionalGeneration)._from_config(
-            config, dtype=dtype_on(spec["device"])
+            config, dtype=getattr(torch, spec["dtype"])
         )
 
 
@@ -228,9 +224,15 @@ class Turns(TrainerCallback):
                 sys.exit()
             self.meter.start()
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.optimizer_began = time.perf_counter()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.optimizer_seconds = time.perf_counter() - self.optimizer_began
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step > 1:
-            self.pipe.send(self.meter.stop())
+            self.pipe.send((*self.meter.stop(), self.optimizer_seconds))
 
 
 def make_trainer(pipe, spec, meter):
@@ -238,7 +240,7 @@ def make_trainer(pipe, spec, meter):
     model = build(spec, is_ours)
     arguments = dict(output_dir="out", per_device_train_batch_size=spec["batch_size"], max_steps=10_000,
                      max_length=None, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                     use_cpu=spec["device"] == "cpu", bf16=spec["device"] == "cuda")  # fmt: skip
+                     use_cpu=spec["device"] == "cpu", bf16=spec["dtype"] == "bfloat16")  # fmt: skip
     peft_config = None
     if spec["lora"] and not spec["step"] == "c: VM head":
         layers = r"model\.language_model\..*_proj"
@@ -278,7 +280,7 @@ def training_step(pipe, spec):
         inputs = {name: tensor.to(spec["device"]) for name, tensor in batch.items() if name != "labels"}
 
         def run():
-            with torch.no_grad(), torch.autocast(spec["device"], torch.bfloat16, enabled=spec["device"] == "cuda"):
+            with torch.no_grad(), torch.autocast(spec["device"], torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
                 trainer.model.model(**inputs)
 
         serve(pipe, meter, run)
@@ -293,7 +295,7 @@ def generation(pipe, spec):
     processor = processor_of(spec)
     pixels = np.zeros((336, 336, 3), dtype=np.uint8)
     inputs = processor(images=PILImage.fromarray(pixels), text="w3 <image> w4 w5", return_tensors="pt")
-    inputs = inputs.to(spec["device"], dtype_on(spec["device"]))
+    inputs = inputs.to(spec["device"], getattr(torch, spec["dtype"]))
 
     def run():
         model.generate(**inputs, do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)

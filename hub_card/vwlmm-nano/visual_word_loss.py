@@ -12,8 +12,11 @@ TARGETS = ("visual_words", "language_model")
 # 288 rows are half an image of CLIP ViT-L/14 at 336 pixels
 CPU_TILE_ROWS = 288
 GPU_TILE_LOGITS = 2**24
-# A CPU makes the gradients of a tile in blocks that fit into its cache
+# A CPU makes the gradients of a tile, and adds up products, in blocks that fit into its cache
 CPU_BLOCK_LOGITS = 2**18
+CPU_BLOCK_NUMBERS = 2**20
+# oneDNN multiplies bfloat16 where the CPU has AVX-512. On others float32 is faster
+CPU_MULTIPLIES_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def check_loss_fields(visual_word_loss_weight: float | None = None, visual_word_target: str | None = None) -> None:
@@ -139,12 +142,16 @@ def _linear_kl(target, predicting, vocab_size):
     """Sum over rows of KL(softmax(a) || softmax(b)), where a and b are the logits of two linear maps."""
     target, predicting = _Head(*target, vocab_size), _Head(*predicting, vocab_size)
     count, device = len(target.inputs), target.inputs.device
-    dtype = torch.promote_types(target.sum_dtype, predicting.sum_dtype)
+    dtype = torch.promote_types(target.logits_dtype, predicting.logits_dtype)
     on_cpu = device.type == "cpu"
     most_rows = CPU_TILE_ROWS if on_cpu else max(1, GPU_TILE_LOGITS // vocab_size)
+    if dtype.itemsize == 2:
+        most_rows *= 2
     tile_rows = math.ceil(count / max(1, math.ceil(count / most_rows)))  # tiles of about the same size
     block_rows = max(1, CPU_BLOCK_LOGITS // vocab_size) if on_cpu else tile_rows
     with torch.no_grad():
+        for head in (target, predicting):
+            head.make_gradients(tile_rows)
         tile = torch.empty(2, tile_rows, vocab_size, dtype=dtype, device=device)
         divergences = []
         for start in range(0, count, max(tile_rows, 1)):
@@ -156,7 +163,7 @@ def _linear_kl(target, predicting, vocab_size):
             divergences += [_kl_and_gradients_(*block, bool(target.gradients)) for block in blocks]
             target.add_gradients(rows, a)
             predicting.add_gradients(rows, b)
-        loss = torch.cat(divergences or [tile.new_zeros(0)]).sum()
+        loss = torch.cat(divergences or [target.inputs.new_zeros(0, dtype=target.sum_dtype)]).sum()
     for head in (target, predicting):
         for tensor, gradient in head.gradients.values():
             loss = loss + _Gradient.apply(tensor, gradient)
@@ -169,6 +176,12 @@ def _kl_and_gradients_(a, b, needs_target_grad):
     The gradients overwrite the logits. With the gap g = a - b and its mean m = sum_v target[v] g[v], the divergence is
     m - logsumexp(a) + logsumexp(b). Its gradients are target (g - m) for a and predicted - target for b.
     """
+    if a.dtype == torch.bfloat16:
+        wide_a, wide_b = a.float(), b.float()
+        divergences = _kl_and_gradients_(wide_a, wide_b, needs_target_grad)
+        a.copy_(wide_a)
+        b.copy_(wide_b)
+        return divergences
     target, predicted = a.softmax(-1), b.softmax(-1)
     # The largest probability is exp(max - logsumexp), so logsumexp is max - log(largest probability)
     logsumexps = b.amax(-1) - a.amax(-1) + target.amax(-1).log_() - predicted.amax(-1).log_()
@@ -186,21 +199,31 @@ class _Head:
         device = inputs.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
+        keeps_dtype = CPU_MULTIPLIES_BFLOAT16 and device == "cpu" and dtype == torch.bfloat16
+        self.logits_dtype = dtype if keeps_dtype else self.sum_dtype
         # Most gradients of logits are too small for float16. None is large enough to overflow when scaled: those of a
         # prediction are below 1, those of a target hardly ever above 100
         self.scale = 256 if dtype == torch.float16 else 1
         self.inputs = inputs.detach().to(dtype)
         self.weight = weight.detach()[:vocab_size].to(dtype)
         self.bias = None if bias is None else bias.detach()[:vocab_size]
-        # The first tile overwrites whatever is in here, the others add to it
-        new = torch.empty_like if len(inputs) else torch.zeros_like
         self.gradients = {
-            name: (tensor, new(tensor, dtype=self.sum_dtype))
+            name: (tensor, None)
             for name, tensor in {"inputs": inputs, "weight": weight, "bias": bias}.items()
             if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
         }
-        for name in {"weight", "bias"} & self.gradients.keys():
-            self.gradients[name][1][vocab_size:] = 0
+
+    def make_gradients(self, tile_rows):
+        # The first tile overwrites whatever is in here, the others add to it
+        new = torch.empty_like if len(self.inputs) else torch.zeros_like
+        vocab_size = len(self.weight)
+        for name, (tensor, _) in self.gradients.items():
+            # A gradient that no tile adds to is rounded once, to the dtype that it ends in
+            is_whole = name == "inputs" or len(self.inputs) <= tile_rows
+            dtype = tensor.dtype if is_whole and tensor.dtype == self.logits_dtype else self.sum_dtype
+            self.gradients[name] = tensor, new(tensor, dtype=dtype)
+            if name != "inputs":
+                self.gradients[name][1][vocab_size:] = 0
 
     def logits(self, rows, out):
         _add_product(out, self.inputs[rows], self.weight.t(), beta=0)
@@ -219,14 +242,23 @@ class _Head:
             total = self.gradients["weight"][1][:vocab_size]
             _add_product(total, grad.t(), self.inputs[rows], beta=0 if is_first else 1, alpha=1 / self.scale)
         if "bias" in self.gradients:
-            total, added = self.gradients["bias"][1][:vocab_size], logits_grad.sum(0)
+            total = self.gradients["bias"][1][:vocab_size]
+            added = logits_grad.sum(0, dtype=total.dtype)
             total.copy_(added) if is_first else total.add_(added)
 
 
 def _add_product(total, a, b, beta=1, alpha=1):
     """total = beta total + alpha a @ b, summed in float32 where a and b are in 16 bits."""
-    if a.dtype != total.dtype and total.is_cuda:
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=beta, alpha=alpha, out=total)
+    elif total.is_cuda:
         torch.addmm(total, a, b, beta=beta, alpha=alpha, out_dtype=total.dtype, out=total)
+    elif a.dtype == torch.bfloat16 and CPU_MULTIPLIES_BFLOAT16:
+        # Each product is rounded to bfloat16, as any product of torch is. Blocks of it stay in the cache
+        block_rows = max(1, CPU_BLOCK_NUMBERS // total.shape[1])
+        for block, part in zip(total.split(block_rows), a.split(block_rows), strict=True):
+            product = (part @ b).to(total.dtype)
+            block.copy_(product) if beta == 0 else block.add_(product)
     else:
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=alpha, out=total)
 
@@ -241,7 +273,8 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx: Any, tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gradient)
         ctx.dtype = tensor.dtype
-        return gradient.new_zeros(())
+        # Its dtype is that of the factor that comes back, a mean's 1 / N for one
+        return gradient.new_zeros((), dtype=torch.promote_types(gradient.dtype, torch.float32))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
