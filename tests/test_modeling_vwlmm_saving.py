@@ -18,6 +18,7 @@ from transformers import (
 from helpers.cases import saved
 from helpers.tiny import (
     IMAGE_BEYOND,
+    IMAGE_FAR_BEYOND,
     IMAGE_WITHIN,
     LLMS,
     TOWERS,
@@ -26,6 +27,7 @@ from helpers.tiny import (
     tiny_batch,
     tiny_model,
     tower_config,
+    without_labels,
 )
 from modeling_vwlmm import VWLmmConfig, VWLmmForCausalLM, VWLmmModel
 
@@ -166,3 +168,19 @@ def test_a_resized_model_is_saved_and_loaded(tmp_path):
     assert loaded.config.visual_vocab_size == VOCAB_SIZE
     batch = tiny_batch(model.config)
     assert loaded(**batch).loss == model(**batch).loss
+
+
+@pytest.mark.parametrize("image_token_index", [IMAGE_BEYOND, IMAGE_FAR_BEYOND])
+def test_room_for_a_tokenizer_that_ends_with_the_image_token(image_token_index):
+    """The LLM's logits stay what they were; other tokens between get rows, and placeholders are still known."""
+    model = tiny_model(image_token_index=image_token_index)
+    batch = without_labels(tiny_batch(model.config))
+    with torch.no_grad():
+        before = model(**batch).logits
+        model.resize_token_embeddings(image_token_index + 1)
+        after = model(**batch).logits
+    assert after.shape[-1] == model.config.text_config.vocab_size == image_token_index
+    assert torch.equal(after[..., :VOCAB_SIZE], before)
+    model.get_input_embeddings()(batch["input_ids"])
+    model.resize_token_embeddings(image_token_index + 3)  # tokens that were added after it
+    assert model.lm_head.weight.shape[0] == image_token_index + 3

@@ -31,7 +31,7 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
     - With `assistant_only_loss` (the default here), the labels of `messages` are what the assistant says and the
       token that ends its turn. This holds for any chat template, with or without generation markers.
     - Rows longer than `max_length` lose text at their end. A row that would lose part of an image is an error.
-    - Image placeholders are no labels, and a batch without any label is an error.
+    - Image placeholders are no labels, and a batch without any label is an error, unless `needs_labels` is false.
     - Images may be paths. A file that cannot be read is an error that names its sample. With `skip_broken_images` it
       is a warning: the sample then has neither labels nor scored image positions, and `is_skipped` of shape (B,) marks
       it.
@@ -39,6 +39,7 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
 
     assistant_only_loss: bool = True
     skip_broken_images: bool = False
+    needs_labels: bool = True
 
     def __post_init__(self) -> None:
         processor: Any = self.processor
@@ -82,7 +83,7 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
             batch["attention_mask"][batch["is_skipped"], -1] = 1
             if batch["is_skipped"].all():
                 return batch
-        if not (batch["labels"][:, 1:] != -100).any():
+        if self.needs_labels and not (batch["labels"][:, 1:] != -100).any():
             raise ValueError(f"no token of the batch is a label, nothing can be learnt from: {', '.join(names)}")
         return batch
 

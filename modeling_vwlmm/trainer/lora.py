@@ -110,6 +110,8 @@ def for_language_model(peft_config: LoraConfig, parts: list[str] | None, model: 
         raise ValueError(
             f"an adapter trains the language_model, but what trains is {', '.join(parts)}: use no PEFT here"
         )
+    # Without one, PEFT's Auto classes would import the class by its name, which they refuse for other packages
+    peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
     if peft_config.target_modules is None and not peft_config.target_parameters:
         peft_config.target_modules = "all-linear"
     if peft_config.modules_to_save is None and parts is not None:

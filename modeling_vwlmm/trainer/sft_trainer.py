@@ -191,6 +191,16 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             eval_dataset = number_samples(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
+    def get_test_dataloader(self, test_dataset):
+        collator, dataset = self.data_collator, number_samples(test_dataset) if self._numbers_samples else test_dataset
+        if isinstance(collator, VWLmmDataCollator):  # what is to be predicted may lack answers
+            self.data_collator = copy.copy(collator)
+            self.data_collator.needs_labels = False
+        try:
+            return super().get_test_dataloader(dataset)
+        finally:
+            self.data_collator = collator
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         image_token_id = self.model.config.image_token_id
@@ -271,6 +281,8 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         }
         text = losses["lm_loss"] if self.scores_text else 0.0
         losses["loss"] = text + self.model.config.visual_word_loss_weight * losses["vw_loss"]
+        if not sums["tokens"]:  # a prediction of rows without answers
+            del losses["lm_loss"]
         if sums:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in losses.items()})
         return output

@@ -47,6 +47,16 @@ def test_a_prediction_adds_nothing_to_the_next_evaluation(tmp_path):
     assert trainer.evaluate()["eval_lm_loss"] == before["eval_lm_loss"]
 
 
+def test_rows_without_answers_are_predicted_and_not_evaluated(tmp_path):
+    questions = conversations().map(lambda row: {"messages": row["messages"][:1]})
+    trainer = trainer_with(tmp_path, conversations())
+    output = trainer.predict(questions)
+    assert output.predictions.shape[0] == 4 and (output.label_ids == -100).all()
+    assert output.metrics["test_vw_loss"] > 0 and "test_lm_loss" not in output.metrics
+    with pytest.raises(ValueError, match="no token of the batch is a label.*: sample 0"):
+        trainer.evaluate(questions)
+
+
 def test_where_only_the_vm_head_trains_the_text_is_no_part_of_the_loss(tmp_path):
     trainer = trainer_with(tmp_path, conversations(), stage="visual_words")
     trainer.train()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
@@ -175,6 +175,25 @@ def test_a_second_adapter_beside_the_first(tmp_path):
     model.load_adapter(tmp_path / "adapter", "second")
     model.set_adapter("second")
     assert torch.equal(logits_of(model), logits_of(LOADS["peft"](tmp_path / "base", tmp_path / "adapter")))
+
+
+@pytest.mark.parametrize("name", ["default", "en", "head", "norm", "a", "weight", "lora_A"])
+def test_an_adapter_may_have_a_name_that_weights_have_too(tmp_path, name):
+    model = train(tmp_path, max_steps=1).model
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded.load_adapter(str(tmp_path / "adapter"), adapter_name=name)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_pefts_auto_class_loads_an_adapter_and_its_base(tmp_path):
+    base = base_folder(tmp_path)
+    args = sft_config(tmp_path / "adapter", stage="joint", max_steps=1, learning_rate=0.1)
+    trainer = VWLmmSFTTrainer(str(base), args, train_dataset=conversations(), peft_config=LoraConfig(r=16))
+    trainer.train()
+    trainer.save_model()
+    # It makes room for all tokens of the tokenizer in the folder, of which the last is the image token
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits_of(loaded), logits_of(trainer.model))
 
 
 def test_pseudo_image_features_that_an_adapter_could_not_tell(tmp_path):
