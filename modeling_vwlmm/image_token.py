@@ -64,7 +64,20 @@ class _ImageTokenScores(LogitsProcessor):
 
 
 class ImageTokenGenerationMixin(PreTrainedModel, GenerationMixin):
-    """Generation from prompts whose image token lies beyond the vocabulary, with an assistant that sees the images."""
+    """Generation and new tokens where the image token lies beyond the vocabulary; an assistant sees the images."""
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> Any:
+        """As in transformers, but a tokenizer whose last token is the image token asks for no row for it.
+
+        With one, which would start at random, the LLM's logits would no longer be what they were.
+        """
+        image_token_id = self.config.image_token_id
+        if new_num_tokens == image_token_id + 1 > self.get_input_embeddings().num_embeddings:
+            new_num_tokens = image_token_id
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if not hasattr(embeddings, "image_token_id"):
+            add_image_token(embeddings, image_token_id)
+        return embeddings
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # named by transformers, passed on here
         self, input_ids: Any, inputs_embeds: Any = None, is_first_iteration: bool | None = False, **kwargs

@@ -237,19 +237,6 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, ImageTokenGenerationMixin, LlavaFor
         self.register_load_state_dict_pre_hook(refuse_other_adapters)
         self.post_init()
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As in transformers, but a tokenizer whose last token is the image token asks for no row for it.
-
-        With one, which would start at random, the LLM's logits would no longer be what they were.
-        """
-        image_token_id = self.config.image_token_id
-        if new_num_tokens == image_token_id + 1 > self.get_input_embeddings().num_embeddings:
-            new_num_tokens = image_token_id
-        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        if not hasattr(embeddings, "image_token_id"):
-            add_image_token(embeddings, image_token_id)
-        return embeddings
-
     def visual_words(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The visual words w_j = softmax(W_vm f_j) of images, from the `pixel_values` that the processor makes.
 

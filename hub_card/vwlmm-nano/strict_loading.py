@@ -11,6 +11,8 @@ from .configuration_vwlmm import VWLmmConfig
 _Model = TypeVar("_Model", bound="VWLmmPreTrainedModel")
 # PEFT names the adapter in the name of each of its weights
 _ADAPTER_WEIGHT = re.compile(r"\.(?:lora_\w+|modules_to_save)\.(\w+)(?:\.|$)")
+# PEFT puts a module that gets an adapter into another one
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module)\.")
 
 
 def _refuse(what: str | os.PathLike, problems: dict[str, Any]) -> None:
@@ -65,6 +67,9 @@ class VWLmmPreTrainedModel(LlavaPreTrainedModel):
 
     def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs) -> Any:
         """As in transformers, but adapter weights that are missing or unexpected are a `ValueError`."""
+        before = set(self.state_dict())
         info = super().load_adapter(peft_model_id, *args, **kwargs)
-        _refuse("the adapter", {"missing": info.missing_keys, "unexpected": info.unexpected_keys})
+        # transformers takes any weight for the adapter's whose name has the adapter's in it, such as "head"
+        missing = {name for name in info.missing_keys if _WRAPPED.sub(".", name) not in before}
+        _refuse("the adapter", {"missing": missing, "unexpected": info.unexpected_keys})
         return info
