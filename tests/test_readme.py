@@ -104,7 +104,7 @@ def test_conversions_run(local, tmp_path, capsys):
 
 def test_commands_run(local, tmp_path, capsys, model_folder):
     assert [command.split()[1] for command in COMMANDS] == [
-        *("generate", "words", "train", "evaluate", "train", "merge", "push")
+        *("generate", "words", "train", "evaluate", "evaluate", "train", "merge", "push")
     ]
     for command in COMMANDS:
         arguments = shlex.split(local(command))[1:]

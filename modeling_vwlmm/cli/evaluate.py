@@ -38,7 +38,19 @@ def main(argv: list[str]) -> None:
         help="folder for answers-DATASET.jsonl and eval_results.json, from which the card is made (default: that of "
         "the model or adapter; the current one if that is a repository)",
     )
+    limits = parser.add_argument_group("the limits report")
+    limits.add_argument(
+        "--limits",
+        action="store_true",
+        help="what the visual words keep, name and favour, on held-out and training images, as limits.md, limits.json "
+        "and assets/limits.png, and in eval_results.json",
+    )
+    limits.add_argument("--train-dataset", help="data that the model was trained on, to compare with --dataset")
+    limits.add_argument("--train-split", default="train", help="its split (default: train)")
+    limits.add_argument("--retrained", metavar="MODEL", help="a model trained to read pseudo image features")
     arguments = parser.parse_args(argv)
+    if not arguments.limits and (arguments.train_dataset or arguments.retrained):
+        parser.error("--train-dataset and --retrained are for --limits")
     for name in ("limit", "batch_size", "max_new_tokens"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
@@ -58,6 +70,9 @@ def main(argv: list[str]) -> None:
     place = arguments.adapter or arguments.model
     output = arguments.output or (place if os.path.isdir(place) else ".")
     name = dataset_name(arguments.dataset)
+    if arguments.limits:
+        _limits(arguments, questions, model, processor, output, name)
+        return
     path = os.path.join(output, f"answers-{name.replace('/', '-')}{'-history' if arguments.history else ''}.jsonl")
     evaluation = evaluate(
         model,
@@ -73,3 +88,40 @@ def main(argv: list[str]) -> None:
     print(table(evaluation))
     results = results_of(evaluation, name, arguments.split)
     print(f"answers: {path}\nfigures: {write_results(output, results)}")
+
+
+def _limits(arguments, questions, model, processor, output, name):
+    from pathlib import Path
+
+    from ..evaluation.evaluate import write_results
+    from ..evaluation.limits_page import markdown, results_of_limits, write_page
+    from ..evaluation.limits_report import report
+    from ..evaluation.questions import load_questions
+
+    splits = {"held out": questions}
+    if arguments.train_dataset:
+        splits["training"] = load_questions(
+            arguments.train_dataset,
+            arguments.image_folder,
+            arguments.train_split,
+            arguments.history,
+            arguments.limit,
+        )
+    retrained = load(arguments.retrained)[0] if arguments.retrained else None
+    if retrained is not None and not retrained.config.pseudo_image_features:
+        raise ValueError(f"{arguments.retrained} reads features, expected a model trained with pseudo_image_features")
+    rows = report(
+        model,
+        processor,
+        splits,
+        retrained,
+        answers_folder=output,
+        metrics=arguments.metric,
+        batch_size=arguments.batch_size,
+        progress=True,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    title = Path(arguments.model).resolve().name if Path(arguments.model).is_dir() else arguments.model
+    print(markdown(rows, title))
+    write_results(output, results_of_limits(rows, name))
+    print(f"page: {write_page(rows, Path(output), title)}")

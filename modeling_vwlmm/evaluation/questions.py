@@ -8,10 +8,12 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from ..data.conversations import read_records
 from ..data.load import load_dataset, number_samples
+from ..data.message_images import gather_images
 from ..processing import IMAGE_MARKER
 
 
@@ -132,14 +134,10 @@ def _of_row(row: dict[str, Any], columns: dict[str, Any], where: str, with_histo
         question = prompt.replace(IMAGE_MARKER, "").strip()
         return [Question(name, images, prompt, references, {**columns, "question": question})]
     messages = row.get("messages") or [*(prompt or []), *(row.get("completion") or [])]
-    turns = [{"role": turn["role"], "content": _parts(turn["content"])} for turn in messages]
-    markers = sum(part["type"] == "image" for turn in turns for part in turn["content"])
-    if markers == 0:  # as in TRL, images that no turn has a place for stand before the first question
-        first = next((turn for turn in turns if turn["role"] == "user"), None)
-        if first is not None:
-            first["content"] = [{"type": "image"} for _ in images] + first["content"]
-    elif markers != len(images):
-        raise ValueError(f"{where} has {len(images)} image(s), but {markers} places for them")
+    try:
+        turns, images = gather_images(messages, images, IMAGE_MARKER)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     found = []
     for i, turn in enumerate(turns):
         if turn["role"] != "user":
@@ -154,12 +152,6 @@ def _of_row(row: dict[str, Any], columns: dict[str, Any], where: str, with_histo
     if not found:
         raise ValueError(f"{where} has no turn of a user, expected a question")
     return found
-
-
-def _parts(content: Any) -> list[dict[str, Any]]:
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    # Arrow fills a part's other fields with None, which templates would print
-    return [{"type": "image"} if p["type"] == "image" else {"type": "text", "text": p["text"] or ""} for p in parts]
 
 
 def _system(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -189,10 +181,10 @@ def _texts(answers: Any) -> list[str]:
 
 def _key_of(image: Any) -> str:
     if isinstance(image, dict):
-        if image.get("bytes") is None:
-            return str(image["path"])
-        return hashlib.sha256(image["bytes"]).hexdigest()
-    return hashlib.sha256(image.tobytes()).hexdigest()
+        image = image["path"] if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, (str, os.PathLike)):
+        return os.fspath(image)
+    return hashlib.sha256(image if isinstance(image, bytes) else np.asarray(image).tobytes()).hexdigest()
 
 
 def column_of(questions: list[Question], name: str) -> list[str]:

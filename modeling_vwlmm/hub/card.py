@@ -15,7 +15,7 @@ from ..files import read_json_object
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..training_run import read_training_run
 from .card_facts import facts_of, hardware_lines, listed, metadata_of, read_eval_results, result_tables, stage_rows
-from .card_pictures import LOSSES, draw_losses, draw_visual_words
+from .card_pictures import LIMITS_PICTURE, LOSSES, draw_losses, draw_visual_words
 
 
 BEGIN = "<!-- vwlmm card: what stands from here to its end is written anew at every push -->"
@@ -96,6 +96,7 @@ def write_card(
         words=draw_visual_words(model, folder) if model else None,
         runs=hardware_lines(stages),
         evaluation=result_tables(result for result in results if result.task_type != LIMITS_TASK),
+        limits_picture=LIMITS_PICTURE if (folder / LIMITS_PICTURE).is_file() else None,
         limits=result_tables(result for result in results if result.task_type == LIMITS_TASK),
     )
     card.text = "\n" + "\n\n".join(filter(None, [before, BEGIN, card.text.strip(), END, after])) + "\n"

@@ -18,6 +18,7 @@ from .card_facts import listed
 EXAMPLES, WORDS_PICTURE = "examples", "assets/visual_words.png"
 EXAMPLE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 LOSSES, LOSSES_PICTURE = "assets/losses.json", "assets/losses.png"
+LIMITS_PICTURE = "assets/limits.png"  # of `vwlmm evaluate --limits`
 _LOSSES = ["loss", "lm_loss", "vw_loss"]
 
 

@@ -46,7 +46,7 @@ VERBATIM = [
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *(f"{name}{suffix}" for name in ("LICENSE", "NOTICE", "USE_POLICY") for suffix in ("", ".md", ".txt")),
     *(f"{EXAMPLES}/*{suffix}" for suffix in EXAMPLE_SUFFIXES),
-    *("README.md", "assets/losses.json"),
+    *("README.md", "assets/losses.json", "assets/limits.png"),
 ]
 
 

@@ -13,36 +13,14 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 from modeling_vwlmm.data import load_conversations, open_images
 from modeling_vwlmm.data.reading import words_of
+from modeling_vwlmm.evaluation.evaluate import evaluate
+from modeling_vwlmm.evaluation.intervals import interval
+from modeling_vwlmm.evaluation.limits import name_matrix, naming, perplexity
+from modeling_vwlmm.evaluation.questions import questions_of
 from modeling_vwlmm.hub.card import LIMITS_TASK
 from modeling_vwlmm.hub.card_facts import EVAL_RESULTS_NAME
 from modeling_vwlmm.hub.card_pictures import EXAMPLES
 from modeling_vwlmm.words import draw_words
-
-
-def interval(values, samples=2000, seed=0):
-    """The mean of a figure of every photo, and its 95 % interval over photos drawn anew: (mean, low, high)."""
-    values = np.asarray(values, dtype=float)
-    drawn = np.random.default_rng(seed).integers(len(values), size=(samples, len(values)))
-    return (values.mean(), *np.percentile(values[drawn].mean(1), [2.5, 97.5]))
-
-
-def is_named(words, names):
-    """Whether one of the words is one of the names, in the singular or plural."""
-    return not {word.rstrip("s") for word in words}.isdisjoint(name.rstrip("s") for name in names)
-
-
-def naming(words, names):
-    """Whether the words of each photo name it, and the share of the other photos' names that they would fit.
-
-    Args:
-        words (`list[set[str]]`), names (`list[set[str]]`): of each photo.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: own and shuffled, a value a photo.
-    """
-    fits = np.array([[is_named(said, wanted) for wanted in names] for said in words], dtype=float)
-    own = fits.diagonal()
-    return own, (fits.sum(1) - own) / max(len(names) - 1, 1)
 
 
 def mutual_information(words, kinds):
@@ -52,41 +30,25 @@ def mutual_information(words, kinds):
     return sum(n / total * np.log(n * total / (of_word[word] * of_kind[kind])) for (word, kind), n in pairs.items())
 
 
-def top_texts(scores, texts, k=3):
-    """The k words of the highest scores of every patch: (patches, V) to a list of lists."""
-    return [[texts[i] for i in row] for row in scores.topk(k, dim=-1).indices.tolist()]
-
-
-@torch.no_grad()
-def answer(model, processor, images, questions):
-    """Greedy answers to a question about each image."""
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"\n{question}"}]}],
-            add_generation_prompt=True,
-        )
-        for question in questions
-    ]
-    inputs = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
-    generated = model.generate(**inputs.to(model.device), max_new_tokens=12, do_sample=False)
-    texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip().rstrip(".").lower() for text in texts]
+def naming_of_photos(words, is_name):
+    """Whether one of the words of each photo, (photos, k), names it, and the share of other photos that one names."""
+    own, shuffled = naming(words[:, None], is_name)
+    return own[:, 0], shuffled[:, 0]
 
 
 def read_held_out(path, folder):
     """Of each photo: image, questions with answers, what counts as naming it, and its mask, None if there is none."""
     rows, records = load_conversations(path, folder), json.loads(Path(path).read_text(encoding="utf-8"))
     photos = []
-    for row, record in zip(rows, records, strict=True):
-        turns = [message for message in row["messages"] if message["role"] != "system"]
-        texts = ["".join(part["text"] or "" for part in message["content"]).strip() for message in turns]
+    for i, record in enumerate(records):
+        row, questions = rows[i], questions_of(rows.select([i]))
         mask = Path(folder).with_name("masks") / record["image"]
         photos.append(
             {
                 "id": row["id"],
                 "image": open_images(row)[0],
-                "asked": list(zip(texts[::2], texts[1::2], strict=True)),
-                "kind": dict(zip(texts[::2], texts[1::2], strict=True)).get("What kind of thing is it?", ""),
+                "questions": questions,
+                "kind": next((q.answers[0] for q in questions if q.text == "What kind of thing is it?"), ""),
                 "names": set(record.get("names") or words_of(row["messages"])),
                 "mask": np.asarray(Image.open(mask)) > 128 if mask.is_file() else None,
             }
@@ -118,15 +80,15 @@ def measure_answers(model, processor, photos, batch_size=32):
 
     The answers themselves are kept in each photo's `answers`, in the order of its questions.
     """
-    asked = [(photo, *pair) for photo in photos for pair in photo["asked"]]
+    questions = [question for photo in photos for question in photo["questions"]]
+    found = evaluate(model, processor, questions, ["exact_match"], batch_size=batch_size, max_new_tokens=12)
     right, answers = defaultdict(list), defaultdict(Counter)
-    for start in range(0, len(asked), batch_size):
-        answered, questions, expected = zip(*asked[start : start + batch_size], strict=True)
-        texts = answer(model, processor, [photo["image"] for photo in answered], questions)
-        for photo, question, wanted, found in zip(answered, questions, expected, texts, strict=True):
-            right[question].append(found == wanted.strip().rstrip(".").lower())
-            answers[question][wanted] += 1
-            photo.setdefault("answers", []).append(found)
+    for question, score in zip(questions, found.scores["exact_match"], strict=True):
+        right[question.text].append(score)
+        answers[question.text][question.answers[0]] += 1
+    said = iter(found.answers)
+    for photo in photos:
+        photo["answers"] = [next(said) for _ in photo["questions"]]
     return {
         question: (values, answers[question].most_common(1)[0][1] / len(values)) for question, values in right.items()
     }
@@ -139,20 +101,18 @@ def measure_words(model, processor, photos):
     texts = [processor.tokenizer.decode([i]).strip().lower() for i in range(words.shape[-1])]
     is_word = torch.tensor([re.fullmatch(r"[a-z]{2,}", text) is not None for text in texts])
     average = words.mean((0, 1))
-    names = [photo["names"] for photo in photos]
+    is_name = name_matrix(texts, [photo["names"] for photo in photos])
     covered = [on_object(photo["mask"], side) for photo in photos]
     figures = {}
     for name, scores in (("", words), (", relative", words - average)):
-        said = [set(sum(top_texts(patches, texts), [])) for patches in scores]
-        own, shuffled = naming(said, names)
+        top = scores.topk(3, dim=-1).indices.numpy()
+        own, shuffled = naming_of_photos(top.reshape(len(top), -1), is_name)
         figures[f"named by the top three of some patch{name}, own"] = own
         figures[f"named by the top three of some patch{name}, shuffled"] = shuffled
         figures[f"named by the top three of some patch{name}, own - shuffled"] = own - shuffled
-        first = [
-            [patch[0] for patch in top_texts(patches[where], texts, 1)]
-            for patches, where in zip(scores, covered, strict=True)
-        ]
-        own, shuffled = naming([{Counter(patches).most_common(1)[0][0]} for patches in first], names)
+        first = [[texts[i] for i in patches[where, 0]] for patches, where in zip(top, covered, strict=True)]
+        usual = [[texts.index(Counter(patches).most_common(1)[0][0])] for patches in first]
+        own, shuffled = naming_of_photos(np.array(usual), is_name)
         figures[f"named by the most frequent first word of the object{name}, own"] = own
         figures[f"named by the most frequent first word of the object{name}, own - shuffled"] = own - shuffled
         kinds = [photo["kind"] for photo in photos]
@@ -164,7 +124,7 @@ def measure_words(model, processor, photos):
     figures["probability of words (letters), patches of the object"] = [
         patches[where][:, is_word].sum(-1).mean().item() for patches, where in zip(words, covered, strict=True)
     ]
-    figures["perplexity of a visual word"] = torch.special.entr(words).sum(-1).exp().mean(1).tolist()
+    figures["perplexity of a visual word"] = perplexity(words).mean(1).tolist()
     top = average.topk(8)
     figures["most probable on average"] = {
         texts[i]: round(p, 3) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
@@ -183,7 +143,7 @@ def draw(model, processor, photos, path, relative=False, k=8):
         texts = [processor.tokenizer.decode([token]) for token in first.tolist()]
         texts = [text.strip() or repr(text) for text in texts]
         tops.append([[pair] for pair in zip(texts, words[i].gather(-1, first[:, None])[:, 0].tolist(), strict=True)])
-    captions = [f"{photos[i]['asked'][0][0]} {photos[i]['answers'][0]}" for i in chosen]
+    captions = [f"{photos[i]['questions'][0].text} {photos[i]['answers'][0]}" for i in chosen]
     draw_words(processor, [photos[i]["image"] for i in chosen], tops, captions, columns=2).save(path)
 
 
@@ -210,7 +170,7 @@ def main(argv=None):
             continue
         columns = {"held out": values}
         if np.ndim(values):
-            columns = dict(zip(("held out", "95 % from", "to"), interval(values), strict=True))
+            columns = dict(zip(("held out", "95 % from", "to"), interval(values)[:3], strict=True))
         columns |= control
         shown = " ".join(f"{column} {value:.3f}" for column, value in columns.items())
         print(f"{name:75} {shown} ({np.size(values)})", flush=True)

@@ -51,3 +51,16 @@ def test_one_line_says_what_does_not_fit(arguments, data, tmp_path, capsys):
     assert "sample a1: image" in error_of(capsys, "evaluate", *arguments)
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", *arguments, "--limit", "0"])
+
+
+def test_the_limits_report_has_a_page_and_figures_for_the_card(arguments, model_folder, data, capsys):
+    train = ["--train-dataset", str(data), "--max-new-tokens", "2"]
+    main(["evaluate", *arguments, "--limits", *train])
+    assert "# Limits of model" in capsys.readouterr().out
+    assert (model_folder / "limits.md").is_file() and (model_folder / "assets" / "limits.png").is_file()
+    results = json.loads((model_folder / "eval_results.json").read_text())
+    assert {result["dataset_split"] for result in results} == {"held out", "training"}
+    error = error_of(capsys, "evaluate", *arguments, "--limits", "--retrained", str(model_folder))
+    assert "reads features, expected a model trained with pseudo_image_features" in error
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", *arguments, *train])
