@@ -1,5 +1,6 @@
 """What several verbs share."""
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,16 @@ def quiet() -> None:
         logging.disable_progress_bar()
 
 
+def existing(name: str) -> str:
+    """The name of a folder, with `~` spelt out, or of a repository; `ValueError` if it can be neither."""
+    name = os.path.expanduser(name)
+    if os.path.isfile(name):
+        raise ValueError(f"{name} is a file, expected the folder or repository of a model")
+    if not os.path.isdir(name) and (name.startswith(("/", ".")) or name.count("/") > 1):
+        raise FileNotFoundError(f"{name}: no such folder")
+    return name
+
+
 def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "LlavaProcessor"]:
     """A model, on the GPU if there is one, with an adapter if one is given, and its processor."""
     import torch
@@ -42,6 +53,7 @@ def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "
     from ..modeling_vwlmm import VWLmmForCausalLM
 
     quiet()
+    folder = existing(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with reading(f"the model {folder}"):
         model = VWLmmForCausalLM.from_pretrained(folder)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import reading
 from .errors import Parser, check_texts
+from .field_types import check_values
+from .shared import existing
 
 
 if TYPE_CHECKING:
@@ -77,9 +79,19 @@ def _parse(argv: list[str]) -> "tuple[TrainArguments, VWLmmSFTConfig, LoraArgume
     path = recipe_parser.parse_known_args(argv)[0].config
     if path is not None:
         recipe = _read_recipe(path, [known.name for kind in kinds for known in fields(kind) if known.init])
+        recipe = check_values(path, recipe, kinds)
         parser.set_defaults_with_config(**recipe)
         named |= recipe.keys()
-    arguments, config, lora, *_ = parser.parse_args_into_dataclasses(argv)
+    source = path or "the command line"
+    try:
+        arguments, config, lora, *_ = parser.parse_args_into_dataclasses(argv)
+    except (TypeError, AttributeError) as error:  # of transformers, on what a mapping of the right type holds
+        raise ValueError(f"{source}: {error}") from error
+    for name in ("model", "dataset", "eval_dataset", "image_folder"):
+        if (value := getattr(arguments, name)) is not None:
+            setattr(arguments, name, os.path.expanduser(value))
+    mappings = {known.name: getattr(config, known.name) for known in fields(config) if known.name.endswith("_kwargs")}
+    check_values(source, mappings, kinds)
     recorded: dict[str, Any] = {}
     for part in (arguments, config, lora):
         recorded |= given_fields(part, named)
@@ -149,6 +161,7 @@ def _load(
 ) -> "VWLmmSFTTrainer":
     """The trainer, with its model and data."""
     import torch
+    from transformers import get_scheduler
 
     from ..data.load import load_dataset
     from ..trainer import VWLmmSFTTrainer
@@ -157,15 +170,24 @@ def _load(
     eval_dataset = None
     if arguments.eval_dataset is not None:
         eval_dataset = load_dataset(arguments.eval_dataset, arguments.image_folder, arguments.eval_split)
-    return VWLmmSFTTrainer(
-        model=arguments.model,
-        args=config,
-        train_dataset=dataset,
-        eval_dataset=eval_dataset,
-        peft_config=lora.peft_config(),
-        quantization_config=lora.quantization_config(torch.bfloat16 if config.bf16 else torch.float32),
-        run_record={"dataset": arguments.dataset, "recipe": recipe},
-    )
+    if config.lr_scheduler_kwargs:  # training itself would find out at its start
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        with reading(f"lr_scheduler_kwargs {config.lr_scheduler_kwargs}"):
+            get_scheduler(config.lr_scheduler_type, optimizer, 0, 1, config.lr_scheduler_kwargs)
+    try:
+        return VWLmmSFTTrainer(
+            model=existing(arguments.model),
+            args=config,
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            peft_config=lora.peft_config(),
+            quantization_config=lora.quantization_config(torch.bfloat16 if config.bf16 else torch.float32),
+            run_record={"dataset": arguments.dataset, "recipe": recipe},
+        )
+    except RuntimeError as error:
+        if "to be installed" not in str(error):
+            raise
+        raise ImportError(f"report_to is {config.report_to}: {error}") from error
 
 
 def _resume(trainer: "VWLmmSFTTrainer") -> tuple[bool, str | bool | None]:
@@ -199,6 +221,10 @@ def _run(trainer: "VWLmmSFTTrainer", checkpoint: str | bool | None) -> None:
         trainer.save_model(_internal_call=True)  # it is pushed afterwards, when all of the folder is there
         trainer.save_state()
         trainer.create_model_card()
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise ValueError(error.args[0]) from error
     except KeyboardInterrupt:
         last = last_checkpoint(trainer.args.output_dir)
         raise KeyboardInterrupt(f", the last checkpoint is {last}" if last else ", there is no checkpoint") from None

@@ -67,6 +67,10 @@ def _named_in(pattern: str) -> list[str]:
 def _excluded(targets: str | list[str] | set[str]) -> str:
     """A pattern of what lies outside of the LLM and is not named."""
     if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"target_modules is {targets!r}, expected a regular expression: {error}") from error
         reached = [rf"{re.escape(part)}(\.|$)" for part in _named_in(targets)]
     else:
         reached = [rf"(.*\.)?{re.escape(entry)}$" for entry in sorted(targets) if _named_in(entry)]

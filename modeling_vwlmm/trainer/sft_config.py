@@ -95,4 +95,6 @@ class VWLmmSFTConfig(SFTConfig):
             raise ValueError(f'stage is "{self.stage}", expected one of {", ".join(STAGES)}')
         if self.trainable is not None and not (self.trainable and set(self.trainable) <= set(PARTS)):
             raise ValueError(f"trainable is {self.trainable}, expected one or more of {', '.join(PARTS)}")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}, expected 1 or more, or null for rows of any length")
         check_loss_fields(self.visual_word_loss_weight, self.visual_word_target)

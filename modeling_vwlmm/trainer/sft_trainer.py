@@ -290,6 +290,10 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
 
 def _collator_of(args, processor, columns, config):
     tokenizer = processor.tokenizer
+    if args.pad_token is not None and args.pad_token not in tokenizer.get_vocab():
+        raise ValueError(
+            f'pad_token is "{args.pad_token}", expected a token of the vocabulary of {type(processor).__name__}'
+        )
     tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
     kind, own = VWLmmDataCollator, {}
     if args.stage == "read":

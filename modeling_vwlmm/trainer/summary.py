@@ -50,7 +50,7 @@ def _data(trainer: VWLmmSFTTrainer) -> str:
     samples = f"{len(dataset):,} samples, {a_step} a step"
     try:
         batch = trainer.data_collator([dict(row) for row in islice(dataset, args.per_device_train_batch_size)])
-    except ValueError:  # training will raise it where it meets this sample
+    except (ValueError, IndexError):  # training will raise it where it meets this sample, or a batch of none
         return samples
     mask = batch.get("attention_mask")  # TRL lays packed rows one after another, without one
     tokens = mask.sum().item() if mask is not None else batch["input_ids"].numel()

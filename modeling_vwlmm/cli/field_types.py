@@ -1,0 +1,68 @@
+"""Compares the values of a recipe with the types of the fields that they are given to."""
+
+import types
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+_SPELT = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
+
+
+def check_values(source: str, values: dict[str, Any], kinds: tuple[type, ...]) -> dict[str, Any]:
+    """The values, where a text that stands for a list of texts has become that list.
+
+    Args:
+        source: what gave the values, for the message.
+        values: by the names of fields.
+        kinds: the dataclasses that have the fields.
+
+    Raises:
+        ValueError: a value is of another type than its field. A text may still be a number, which argparse reads.
+    """
+    hints: dict[str, Any] = {}
+    for kind in kinds:
+        hints |= get_type_hints(kind)
+    checked = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if isinstance(value, str) and not _fits(value, hint) and _fits([value], hint):
+            value = [value]
+        is_no_mapping = name.endswith("_kwargs") and isinstance(value, str) and not value.lstrip().startswith("{")
+        if is_no_mapping or not _fits(value, hint):
+            expected = "a mapping" if name.endswith("_kwargs") else _spelt(hint)
+            found = "null" if value is None else repr(value)
+            found = found if len(found) <= 80 else f"{found[:77]}..."
+            raise ValueError(f"{source}: {name} is {found}, expected {expected}")
+        checked[name] = value
+    return checked
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin in (list, tuple, set):
+        return isinstance(value, list) and all(_fits(item, args[0]) for item in value if args)
+    if hint is bool:
+        return isinstance(value, (bool, str))
+    if hint in (int, float):
+        return isinstance(value, (int, str) if hint is int else (int, float, str)) and not isinstance(value, bool)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return isinstance(value, (str, hint))
+    kind = origin or hint
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _spelt(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_spelt(arg) for arg in args))
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin is list or hint is list:
+        return "a list" + (f", each {_spelt(args[0])}" if args else "")
+    if origin is dict or hint is dict:
+        return "a mapping"
+    return "a text" if isinstance(hint, type) and issubclass(hint, Enum) else _SPELT.get(hint, str(hint))
