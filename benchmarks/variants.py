@@ -238,7 +238,8 @@ class Turns(TrainerCallback):
 def make_trainer(pipe, spec, meter):
     is_ours = spec["step"] != "a: TRL"
     model = build(spec, is_ours)
-    arguments = dict(output_dir="out", per_device_train_batch_size=spec["batch_size"], max_steps=10_000,
+    folder = spec["step"].partition(":")[0]  # variants that take turns need folders of their own
+    arguments = dict(output_dir=folder, per_device_train_batch_size=spec["batch_size"], max_steps=10_000,
                      max_length=None, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
                      use_cpu=spec["device"] == "cpu", bf16=spec["dtype"] == "bfloat16")  # fmt: skip
     peft_config = None

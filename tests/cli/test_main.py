@@ -136,3 +136,18 @@ def test_a_hub_that_does_not_answer_ends_the_wait(monkeypatch, capsys):
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setattr(VERBS["words"], "main", lambda argv: get_session().get(url))
         assert "timed out" in error_of(capsys, "words")
+
+
+def test_help_and_wrong_verbs_start_at_once():
+    """Without torch or transformers, which take seconds to import; only the fields of `train` are TRL's."""
+    calls = [["--help"], ["trian"], *([verb, "--help"] for verb in VERBS if verb != "train")]
+    code = f"""
+import contextlib, os, sys
+from modeling_vwlmm.cli import main
+for call in {calls}:
+    with contextlib.suppress(SystemExit), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        main(call)
+print([name for name in ("torch", "transformers", "datasets", "numpy") if name in sys.modules])
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert printed.stdout == "[]\n", printed.stderr
