@@ -13,6 +13,7 @@ from .visual_word_loss import check_loss_fields
 
 
 logger = logging.get_logger(__name__)
+MOST_LAYERS = 1_000
 
 
 def select_image_features(
@@ -94,6 +95,14 @@ class VWLmmConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
+        for part in ("vision_config", "text_config"):
+            for name in ("num_hidden_layers", "num_layers", "depths"):
+                layers = getattr(getattr(self, part), name, None)
+                layers = sum(layers) if isinstance(layers, (list, tuple)) else layers
+                if isinstance(layers, int) and layers > MOST_LAYERS:  # modules without weights take time too
+                    raise ValueError(f"{part}.{name} is {layers:,}, expected at most {MOST_LAYERS:,} layers")
+        if self.image_token_id < 0:
+            raise ValueError(f"image_token_index is {self.image_token_id}, expected the id of a token, 0 or more")
         vocab_size = self.text_config.vocab_size
         if self.visual_vocab_size is None:
             self.visual_vocab_size = vocab_size

@@ -42,3 +42,11 @@ def test_llms_whose_head_is_not_a_linear_map_are_refused():
             text_config=Gemma2Config(vocab_size=99, num_hidden_layers=1),
             image_token_index=99,
         )
+
+
+def test_a_tower_without_end_and_an_image_token_without_an_id_are_refused():
+    tower = {**tower_config().to_dict(), "num_hidden_layers": 1_000_000}
+    with pytest.raises(ValueError, match=r"vision_config.num_hidden_layers is 1,000,000, expected at most 1,000"):
+        VWLmmConfig(vision_config=tower, text_config=llm_config())
+    with pytest.raises(ValueError, match="image_token_index is -1, expected the id of a token"):
+        tiny_config(image_token_index=-1)

@@ -143,6 +143,10 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
                     f"{name} has {mask.sum()} tokens, {is_image.sum()} of them image placeholders that end at token "
                     f"{is_image.nonzero().max() + 1}: its images do not fit max_length {limit}"
                 )
+        is_label = batch["labels"] != -100
+        for row in (is_label.any(1) & ~is_label[:, :limit].any(1)).nonzero().flatten().tolist():
+            length = int(batch["attention_mask"][row].sum())
+            logger.warning(f"{names[row]} has {length} tokens: max_length {limit} cuts off all that is scored of it")
         for key in ("input_ids", "attention_mask", "labels"):
             batch[key] = batch[key][:, :limit]
 

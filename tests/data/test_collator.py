@@ -10,6 +10,7 @@ from tokenizers import processors
 from helpers.conversations import ANSWERS, IMAGES, PLAIN_TEMPLATE, conversations, picture, tiny_processor
 from helpers.tiny import tiny_model
 from helpers.training import batch_of, sft_config, trainer_of
+from modeling_vwlmm.data import collator
 from modeling_vwlmm.processing import read_chat_template
 from modeling_vwlmm.trainer import VWLmmSFTTrainer
 
@@ -54,6 +55,18 @@ def test_images_that_do_not_fit_are_an_error_and_text_is_cut(tmp_path):
     ):
         batch_of(trainer)
     assert batch_of(trainer_of(tmp_path, max_length=9))["input_ids"].shape == (4, 9)
+
+
+def test_a_row_whose_answers_are_all_cut_off_is_named(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(collator.logger, "warning", said.append)
+    rows = [
+        {"images": [], "messages": [{"role": "user", "content": "w20 " * n}, {"role": "assistant", "content": "w7"}]}
+        for n in (2, 9)
+    ]
+    batch = batch_of(trainer_of(tmp_path, dataset=datasets.Dataset.from_list(rows), max_length=8))
+    assert (batch["labels"] != -100).any(1).sum() == 1
+    assert said == ["sample 1 has 13 tokens: max_length 8 cuts off all that is scored of it"]
 
 
 def test_bad_batches_are_named(tmp_path):
