@@ -1,5 +1,6 @@
 """Takes what must not leave the machine out of a text or a JSON value: paths, tokens, names of code."""
 
+import getpass
 import os
 import re
 import socket
@@ -16,8 +17,11 @@ _TOKEN = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----)?",
     re.DOTALL,
 )
+# Parts of a path. A blank is one only where another / follows: /home/me/My Pictures/x
+_PARTS = r"""(?:[^/\s"',;:()`]+(?: \w[^/\s"',;:()`]*)*(?=/)/)*(?:[^/\s"',;:()`|]+/?)?"""
 _PATH = re.compile(
-    r"""(?<![\w.:/\\<>~*)-])(?:file://|~[\w-]*)?(?:/[^/\s"',;:()]+)+/?"""  # /home/me/x, ~/x
+    rf"""(?<![\w./\\<>~*)-])(?!//)(?:file://)?(?:~[\w-]*)?/(?=[^/\s"',;:()]){_PARTS}"""  # /home/me/x, ~/x
+    rf"""|(?<![\w./])(?:\.\./)+{_PARTS}"""  # ../../x
     r"""|(?<!\w)[A-Za-z]:[\\/][^\s"',;]+|\\\\[\w.-]+\\[^\s"',;]+"""  # C:\x, \\host\x
 )
 _WHOLE_PATH = re.compile(r"(?:file://|[/~]|\.\.[/\\]|[A-Za-z]:[\\/]|\\\\)[^\n]*")
@@ -48,25 +52,50 @@ def without_code(value: Any) -> Any:
 
 
 def without_secrets(value: Any) -> Any:
-    """A JSON value without tokens of the Hub and without the name of this machine, which keys may be called."""
+    """A JSON value without tokens, without users' names at machines and without the name of this machine.
+
+    Keys are left, for a machine may be called like one.
+    """
     if isinstance(value, dict):
         return {name: without_secrets(item) for name, item in value.items()}
     if isinstance(value, list):
         return [without_secrets(item) for item in value]
-    if not isinstance(value, str):
-        return value
+    return without_tokens(_without_machine(value)) if isinstance(value, str) else value
+
+
+def _without_machine(text: str) -> str:
     host = socket.gethostname()
-    if len(host) > 3 and host != "localhost":
-        value = re.sub(rf"\b{re.escape(host)}\b", "host", value)
-    return without_tokens(value)
+    for name in dict.fromkeys([host, host.partition(".")[0]]):
+        if len(name) > 3 and name != "localhost":
+            text = re.sub(rf"(?:[\w.+-]+@)?\b{re.escape(name)}\b", "host", text)
+    try:
+        user = re.escape(getpass.getuser())
+    except (KeyError, OSError, ImportError):  # a container's user may have no name
+        return text
+    return re.sub(rf"\b{user}@[\w.-]+", "host", text)
+
+
+def _in_a_home(path: str) -> bool:
+    """Whether a path says whose it is: in a home folder, or relative to a place that only its writer knows."""
+    home = os.path.expanduser("~").rstrip("/")
+    is_own = bool(home) and path.removeprefix("file://").startswith(f"{home}/")  # with / for home, nothing is
+    return is_own or bool(re.match(r"(?:file://)?/(?:home|Users)/.|/root/|~|(?:\.\./){2}|[A-Za-z]:\\Users\\", path))
 
 
 def without_home(text: str) -> str:
-    """A text with the base names of the paths in the home folder."""
-    home = os.path.expanduser("~").rstrip("/")
-    if not home:  # the home folder is /, as in a container of any user
-        return text
-    return re.sub(rf"""(?<![\w/]){re.escape(home)}/[^\s"'`,;:()|]*""", lambda match: base_name(match[0]), text)
+    """A text that others may read, with the base names of the paths of home folders and without this machine's name.
+
+    Other paths are left: a text may be about them.
+    """
+    host = socket.gethostname()
+    if re.search(r"[\d.-]", host):  # a machine that is called by a plain word would take that word from the text
+        text = _without_machine(text)
+    return _PATH.sub(lambda match: base_name(match[0]) if _in_a_home(match[0]) else match[0], text)
+
+
+def private_place(text: str) -> str | None:
+    """The first path of a home folder in a text, None if there is none."""
+    return next((match[0] for match in _PATH.finditer(text) if _in_a_home(match[0])), None)
 
 
 def without_paths(value: Any, is_log: bool, key: str = "") -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
@@ -22,7 +22,8 @@ from ..modeling_vwlmm import VWLmmForCausalLM
 from ..weights import read_weights, write_weights
 from . import load_check
 from .card_pictures import EXAMPLE_SUFFIXES, EXAMPLES
-from .redaction import holds_token, without_code, without_home, without_paths, without_secrets
+from .notes import has_notes, remove_notes
+from .redaction import holds_token, private_place, without_code, without_home, without_paths, without_secrets
 
 
 LARGEST_FILE = 5 * 10**9  # bytes; a broken upload sends its current file again, so that files stay small
@@ -139,13 +140,17 @@ def fill_repository(
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         left_out = {CONFIG_NAME, "generation_config.json"}
         for file in _find(folder, [ADAPTER_SAFE_WEIGHTS_NAME]):
-            place(file, into / file.name)
+            if has_notes(file):
+                save_file(load_file(file), into / file.name, metadata={"format": "pt"})
+            else:
+                place(file, into / file.name)
     else:
         left_out = set()
         tensors = read_weights(folder)
         files = _find(folder, sorted({tensor.source for tensor in tensors.values()}))
-        if all(file.suffix == ".safetensors" and file.stat().st_size <= LARGEST_FILE for file in files):
-            for file in [*files, *_find(folder, [SAFE_WEIGHTS_INDEX_NAME])]:
+        files += _find(folder, [SAFE_WEIGHTS_INDEX_NAME])
+        if not any(file.suffix == ".bin" or file.stat().st_size > LARGEST_FILE or has_notes(file) for file in files):
+            for file in files:
                 place(file, into / file.name)
         else:
             write_weights(into, tensors)
@@ -164,6 +169,8 @@ def fill_repository(
     for file in _find(folder, VERBATIM):
         (into / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, into / file.relative_to(folder))
+        if file.parent.name == EXAMPLES:
+            remove_notes(into / file.relative_to(folder))
 
 
 def _link(file: Path, path: Path) -> None:
@@ -174,14 +181,14 @@ def _link(file: Path, path: Path) -> None:
 
 
 def make_harmless(staged: Path, name: str | os.PathLike, token: str | None) -> None:
-    """Shorten the paths in the logs and the card of a staged folder.
+    """Shorten the paths in the logs and the card of a staged folder, and look through what is sent as it is.
 
     Args:
         name (`str` or `os.PathLike`): what the error message calls the folder.
         token (`str`, *optional*): the token that the push is made with.
 
     Raises:
-        ValueError: a file holds a token.
+        ValueError: a file holds a token, password or key, or a chat template a path of a home folder.
     """
     for file in _find(staged, LOGS):
         write_json(file, without_paths(read_json(file), is_log=True))
@@ -189,7 +196,10 @@ def make_harmless(staged: Path, name: str | os.PathLike, token: str | None) -> N
     card.write_text(without_home(card.read_text(encoding="utf-8")), encoding="utf-8")
     for file in sorted(path for path in staged.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
         if holds_token(file.read_bytes().decode(errors="replace"), token):
-            raise ValueError(f"{file.relative_to(staged)} would hold a token of the Hub: remove it from {name}")
+            raise ValueError(f"{file.relative_to(staged)} would hold a token or password: remove it from {name}")
+    for file in sorted([*staged.rglob("*.jinja"), *staged.glob("chat_template.json")]):
+        if place := private_place(file.read_text(encoding="utf-8")):
+            raise ValueError(f"{file.relative_to(staged)} would name {place}: remove it from {name}")
 
 
 def check_loads(staged: Path, name: str | os.PathLike, base: Path | None = None) -> None:

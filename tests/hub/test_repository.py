@@ -4,10 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
 from modeling_vwlmm.hub.push import prepare
 from modeling_vwlmm.hub.redaction import without_home, without_paths, without_secrets
@@ -27,6 +30,10 @@ from modeling_vwlmm.hub.repository import AUTO_MAP, fill_repository, make_harmle
             "vwlmm train --output_dir=/home/ann/out --config recipes/x.yaml",
             "vwlmm train --output_dir=out --config recipes/x.yaml",
         ),
+        ("dataset:/home/ann/x.json", "dataset:x.json"),
+        ("from ~/runs/7b to ../../ann/8b, then", "from 7b to 8b, then"),
+        ("ran in /home/ann/My Pictures/of cats/x.json today", "ran in x.json today"),
+        ("in /data/x and /data/y", "in x and y"),
         ("me/model", "me/model"),
         ("https://example.org/a/b", "https://example.org/a/b"),
         ("and/or 1/2 </s>", "and/or 1/2 </s>"),
@@ -111,6 +118,93 @@ def test_a_home_folder_of_the_root_leaves_links_alone(monkeypatch):
     monkeypatch.setenv("HOME", "/")
     text = "[x](https://huggingface.co/a/b) and a/b | 3/4"
     assert without_home(text) == text
+
+
+SECRETS = {
+    "Hugging Face": "hf_" + "a" * 34,
+    "wandb": "wandb login " + "0123456789" * 4,
+    "wandb, new": "wandb_v1_" + "A1b2" * 10,
+    "OpenAI": "sk-proj-" + "a1B2" * 8,
+    "AWS": "AKIA" + "ABCD" * 4,
+    "GitHub": "ghp_" + "a1" * 18,
+    "GitHub, fine": "github_pat_" + "a1" * 20,
+    "a password": "https://ann:secret99@example.org/data",
+    "a key": "-----BEGIN RSA PRIVATE KEY-----\nMIIEow\n-----END RSA PRIVATE KEY-----",
+}
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+def test_secrets_of_other_services(tmp_path, model_folder, kind):
+    found = without_secrets({"a": [f"x {SECRETS[kind]} y"]})["a"][0]
+    assert found.startswith("x ") and found.endswith(" y") and "***" in found
+    assert not any(part in found for part in ("0123456789", "a1", "A1", "ABCD", "secret99", "MIIE", "aaa"))
+    for name in ("README.md", "chat_template.jinja", "examples/0.png"):
+        fill_repository(model_folder, tmp_path / "staged")
+        (tmp_path / "staged" / "README.md").touch()
+        (tmp_path / "staged" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "staged" / name).write_text(f"x {SECRETS[kind]} y")
+        with pytest.raises(ValueError, match=f"{name} would hold a token or password"):
+            make_harmless(tmp_path / "staged", model_folder, None)
+        shutil.rmtree(tmp_path / "staged")
+
+
+def test_what_is_no_secret_stays():
+    text = "commit 0123456789012345678901234567890123456789, task-specific-fine-tuning-of-models, https://a.org/b@c"
+    assert without_secrets(text) == text
+
+
+def test_the_user_and_the_machine(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "gpu-01.lab.example.org")
+    monkeypatch.setattr("getpass.getuser", lambda: "ann")
+    text = "ann@other:x, bob@gpu-01, gpu-01.lab.example.org, gpu-01 and bob@example.org"
+    assert without_secrets(text) == "host:x, host, host, host and bob@example.org"
+
+
+def test_a_template_that_names_a_home_folder_is_refused(tmp_path, model_folder):
+    template = model_folder / "chat_template.jinja"
+    template.write_text("{# from /home/ann/templates #}" + template.read_text())
+    fill_repository(model_folder, tmp_path / "staged")
+    (tmp_path / "staged" / "README.md").touch()
+    with pytest.raises(ValueError, match="chat_template.jinja would name /home/ann/templates"):
+        make_harmless(tmp_path / "staged", model_folder, None)
+
+
+@pytest.mark.parametrize("kind", ["model", "shards", "adapter"])
+def test_notes_in_files_of_weights_are_not_sent(tmp_path, model_folder, kind):
+    expected = load_file(model_folder / "model.safetensors")
+    notes = {"format": "pt", "run": "/home/ann/x", "token": SECRETS["GitHub"]}
+    save_file(expected, model_folder / "model.safetensors", metadata=notes)
+    if kind == "adapter":
+        (model_folder / "model.safetensors").rename(model_folder / "adapter_model.safetensors")
+        (model_folder / "adapter_config.json").write_text("{}")
+    elif kind == "shards":
+        (model_folder / "model.safetensors").rename(model_folder / "model-00001-of-00001.safetensors")
+        index = {"metadata": notes, "weight_map": dict.fromkeys(expected, "model-00001-of-00001.safetensors")}
+        (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    fill_repository(model_folder, tmp_path / "staged")
+    (weights,) = (tmp_path / "staged").glob("*.safetensors")
+    assert load_file(weights).keys() == expected.keys()
+    assert b"ann" not in b"".join(path.read_bytes() for path in (tmp_path / "staged").glob("*model*.safetensors*"))
+
+
+def test_notes_in_example_images_are_not_sent(tmp_path, model_folder):
+    (model_folder / "examples").mkdir()
+    notes, tags = PngInfo(), Image.Exif()
+    notes.add_text("Comment", "ann's desktop")
+    tags[0x010E], tags[0x0112] = "ann's desktop", 6
+    image = Image.linear_gradient("L").resize((9, 7)).convert("RGB")
+    image.save(model_folder / "examples" / "0.png", pnginfo=notes)
+    image.save(model_folder / "examples" / "1.jpg", exif=tags, comment="ann's desktop")
+    image.save(model_folder / "examples" / "2.webp", exif=tags, lossless=True)
+    image.save(model_folder / "examples" / "3.jpg")
+    fill_repository(model_folder, tmp_path / "staged")
+    sent = {path.name: path for path in (tmp_path / "staged" / "examples").iterdir()}
+    assert len(sent) == 4 and not any(b"ann" in path.read_bytes() for path in sent.values())
+    assert np.array_equal(Image.open(sent["0.png"]), image)
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(Image.open(sent["2.webp"]), upright)
+    assert np.abs(np.asarray(Image.open(sent["1.jpg"]), int) - np.asarray(upright)).max() < 12
+    assert sent["3.jpg"].read_bytes() == (model_folder / "examples" / "3.jpg").read_bytes()
 
 
 @pytest.mark.parametrize("host", ["step", "1234"])
