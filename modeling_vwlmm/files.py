@@ -55,6 +55,20 @@ def describe(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def without_code(value: Any) -> Any:
+    """A JSON value without any `auto_map`, which names code of strangers for transformers to load and run."""
+    if isinstance(value, dict):
+        return {name: without_code(item) for name, item in value.items() if name != "auto_map"}
+    return [without_code(item) for item in value] if isinstance(value, list) else value
+
+
+def remove_code(folder: str | os.PathLike) -> None:
+    """Take every `auto_map` out of a folder's configs: a library saves it with what it has read it with."""
+    for path in Path(folder).glob("*config.json"):
+        if "auto_map" in path.read_text(encoding="utf-8"):
+            write_json(path, without_code(read_json(path)))
+
+
 @contextlib.contextmanager
 def reading(what: str | os.PathLike) -> Iterator[None]:
     """Raise what a library raises on a damaged file as a `ValueError` of one line that says what was read.

@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # the record of a run is read without them
 
 TRAINING_RUN_NAME = "training_run.json"
 _PACKAGES = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "modeling_vwlmm"]
+# What a recipe's model_init_kwargs may say of how a repository is read: it holds for all of its files
+FROM_THE_HUB = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 # The fields of a model's config that a stage may set
 TRAINED_WITH = ("visual_word_loss_weight", "visual_word_target", "detach_visual_words")
 _LORA = ["r", "lora_alpha", "lora_dropout"]
@@ -33,11 +35,12 @@ _LORA = ["r", "lora_alpha", "lora_dropout"]
 _SECRET = re.compile(r"^token$|(hub|auth|access|api)_?token$|api_?key$|password|secret|credential", re.IGNORECASE)
 
 
-def read_training_run(folder: str | os.PathLike) -> list[dict]:
+def read_training_run(folder: str | os.PathLike, **kwargs: Any) -> list[dict]:
     """The records of the stages that made a model, oldest first; an empty list if this package did not train it.
 
     Args:
         folder: of the model, or its repository.
+        kwargs: for `hf_hub_download`, such as a `revision`.
 
     Raises:
         ValueError: the file is there, but is no such record.
@@ -45,7 +48,7 @@ def read_training_run(folder: str | os.PathLike) -> list[dict]:
     path = Path(folder) / TRAINING_RUN_NAME
     if not os.path.isdir(folder):
         try:
-            path = Path(hf_hub_download(os.fspath(folder), TRAINING_RUN_NAME))
+            path = Path(hf_hub_download(os.fspath(folder), TRAINING_RUN_NAME, **kwargs))
         except (OSError, HFValidationError):  # the repository has no such file or cannot be reached
             return []
     if not path.is_file():

@@ -1,7 +1,6 @@
 """`vwlmm push`: shares a model on the Hub."""
 
 import sys
-from pathlib import Path
 
 from .errors import Parser
 from .shared import quiet
@@ -27,11 +26,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="send nothing; print the files, their sizes, the card")
     arguments = parser.parse_args(argv)
 
-    import tempfile
-
+    from huggingface_hub import get_token
     from huggingface_hub.utils import logging
 
-    from ..hub.push import prepare, push
+    from ..hub.push import Target, look_at, prepare, push, scratch_folder
     from ..hub.repository import read_folder
 
     quiet()
@@ -48,10 +46,21 @@ def main(argv: list[str]) -> None:
         )
         print(commit.pr_url or commit.commit_url)
         return
-    with tempfile.TemporaryDirectory(prefix="vwlmm-push-") as scratch:
-        staged = prepare(read_folder(arguments.folder), Path(scratch), arguments.repo, arguments.base_model).folder
+    token = get_token()
+    where = (arguments.base_model, arguments.private or None, arguments.revision, arguments.create_pr)
+    try:
+        target = look_at(arguments.folder, arguments.repo, *where, token)
+    except OSError as error:
+        print(f"vwlmm push: the repository was not looked at: {error}", file=sys.stderr)
+        target = Target(read_folder(arguments.folder), arguments.repo, arguments.base_model, None, None)
+    with scratch_folder() as scratch:
+        staged = prepare(target.model, scratch, target.repo_id, arguments.base_model, target.card_text, token).folder
         sizes = {path: path.stat().st_size for path in sorted(staged.rglob("*")) if path.is_file()}
         for path, size in sizes.items():
             print(f"{size:15,}  {path.relative_to(staged)}")
-        print(f"{sum(sizes.values()):15,}  bytes in {len(sizes)} files\n")
+        print(f"{sum(sizes.values()):15,}  bytes in {len(sizes)} files")
+        what = "a new repository" if target.info is None else "the repository"
+        private = (arguments.private if target.info is None else target.info.private) or False
+        goes_to = "a pull request" if arguments.create_pr else f"the branch {arguments.revision or 'main'}"
+        print(f"would go to {goes_to} of {what} {target.repo_id}, {'private' if private else 'public'}\n")
         print((staged / "README.md").read_text(encoding="utf-8"))

@@ -62,7 +62,7 @@ def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "
             model.load_adapter(adapter)
     model = model.to(device).eval()
     with reading(f"the processor of {folder}"):
-        return model, AutoProcessor.from_pretrained(folder)
+        return model, AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def open_pictures(paths: list[str]) -> "list[Image.Image]":

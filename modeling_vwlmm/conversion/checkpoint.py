@@ -24,7 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..configuration_vwlmm import VWLmmConfig
-from ..files import new_folder, read_json_object, reading
+from ..files import new_folder, read_json_object, reading, remove_code
 from ..modeling_vwlmm import VWLmmForCausalLM, VWLmmMultiModalProjector
 from ..training_run import write_training_run
 from ..weights import StoredTensor, check_weights, stored, write_weights
@@ -64,6 +64,7 @@ class Checkpoint:
             if self.processor is not None:
                 self.processor.save_pretrained(folder)
             self.config.save_pretrained(folder)
+            remove_code(folder)
             if made_of is not None:
                 record = {"stage": "convert", "base_model": made_of, "stages_before": list(self.stages_before)}
                 write_training_run(folder, [{**record, "recipe": {"output_dir": os.fspath(destination)}}])
@@ -149,7 +150,7 @@ def with_prefix(
 def vision_tower_weights(vision_tower: str | os.PathLike, vision_config: PreTrainedConfig) -> dict[str, StoredTensor]:
     """The weights of a vision tower under their names in the whole model."""
     with reading(vision_tower):
-        tower = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype="auto")
+        tower = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype="auto", trust_remote_code=False)
     return with_prefix("model.vision_tower.", tower.state_dict(), vision_tower)
 
 
@@ -170,7 +171,7 @@ def read_vision_tower(vision_tower: str | os.PathLike) -> tuple[PreTrainedConfig
         )
         return config, {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
     with reading(f"the config of {vision_tower}"):
-        config = AutoConfig.from_pretrained(vision_tower)
+        config = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
     config = getattr(config, "vision_config", config)  # CLIP and SigLIP have a text model beside it
     about_the_folder = ("_name_or_path", "architectures", "dtype", "transformers_version")
     fields = {name: value for name, value in config.to_dict().items() if name not in about_the_folder}
@@ -186,7 +187,7 @@ def read_processor(folder: Path) -> LlavaProcessor | None:
     if not any((folder / name).is_file() for name in names):
         return None
     with reading(f"the processor of {folder}"):
-        return AutoProcessor.from_pretrained(folder)
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:

@@ -89,8 +89,8 @@ def combine(
     where, options = language_model, {}
     if str(language_model).endswith(".gguf"):
         where, options = os.path.dirname(language_model) or ".", {"gguf_file": os.path.basename(language_model)}
-    llm = AutoModelForCausalLM.from_pretrained(where, dtype="auto", **options)
-    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    llm = AutoModelForCausalLM.from_pretrained(where, dtype="auto", trust_remote_code=False, **options)
+    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = read_chat_template("vicuna_v1")
     vision_config, pixels = read_vision_tower(vision_tower)

@@ -2,16 +2,18 @@
 
 import hashlib
 import os
+import shutil
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor
 
-from ..files import new_folder, reading
+from ..files import new_folder, reading, remove_code
 from ..modeling_vwlmm import VWLmmForCausalLM
-from ..training_run import TRAINED_WITH, fingerprint, read_training_run, write_training_run
+from ..training_run import FROM_THE_HUB, TRAINED_WITH, fingerprint, read_training_run, write_training_run
 
 
 def merge(adapter: str | os.PathLike, destination: str | os.PathLike, dtype: str | torch.dtype = "auto") -> None:
@@ -29,14 +31,19 @@ def merge(adapter: str | os.PathLike, destination: str | os.PathLike, dtype: str
     model = merged_model(adapter, dtype=dtype)
     try:
         with reading(f"the processor of {adapter}"):
-            processor = AutoProcessor.from_pretrained(adapter)
+            processor = AutoProcessor.from_pretrained(adapter, trust_remote_code=False)
     except (OSError, ValueError):  # it has none, as PEFT saves it by itself
         with reading(f"the processor of {model.config.name_or_path}"):
-            processor = AutoProcessor.from_pretrained(model.config.name_or_path)
+            processor = AutoProcessor.from_pretrained(model.config.name_or_path, trust_remote_code=False)
     with new_folder(destination) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        remove_code(folder)
         write_training_run(folder, read_training_run(adapter))
+        for name in ("trainer_state.json", "assets/losses.json"):  # of which the card draws the losses
+            if (Path(adapter) / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(Path(adapter) / name, folder / name)
 
 
 def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
@@ -45,18 +52,22 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
     Args:
         adapter: folder or repository.
         kwargs: for `from_pretrained` of the base model, which is loaded in its own dtype and then becomes of `dtype`.
+            `revision` is the adapter's.
 
     Raises:
         ValueError: the adapter does not fit its base, or adding it changes nothing.
     """
+    hub = {key: value for key, value in kwargs.items() if key in FROM_THE_HUB}
     try:
         with reading(adapter):
-            name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
+            found = PeftConfig.from_pretrained(os.fspath(adapter), **hub)
+            name = found.base_model_name_or_path
     except ValueError as error:
         raise ValueError(
             f"{adapter} is no adapter: expected a folder or repository with adapter_config.json"
         ) from error
     dtype = kwargs.pop("dtype", "auto")
+    kwargs["revision"] = found.revision  # of the base, as the adapter names it
     try:
         with reading(f"{name}, the base model of {adapter},"):
             base = VWLmmForCausalLM.from_pretrained(name, dtype="auto", **kwargs)
@@ -64,7 +75,7 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
         raise FileNotFoundError(f"{name}, the base model of {adapter}, cannot be loaded: {error}") from error
     if base.config.to_dict().get("quantization_config"):
         raise ValueError(f"{name}, the base model of {adapter}, is quantized: name what it was made of in its config")
-    run = (read_training_run(adapter) or [{}])[-1]
+    run = (read_training_run(adapter, **hub) or [{}])[-1]
     if run.get("base_fingerprint") not in (None, fingerprint(base)):
         raise ValueError(f"{name} has changed since {adapter} was trained on it")
     if dtype != "auto":
@@ -75,7 +86,7 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
         with reading(adapter), warnings.catch_warnings():
             # PEFT warns of tied weights, which are parted here before anything is added
             warnings.filterwarnings("ignore", message=r"Model (with|has) `tie_word_embeddings=True`")
-            model = PeftModel.from_pretrained(base, adapter)
+            model = PeftModel.from_pretrained(base, adapter, **hub)
             if is_tied:
                 _untie(model)
             model = model.merge_and_unload(safe_merge=True)

@@ -75,7 +75,7 @@ def draw_visual_words(model: VWLmmForCausalLM, folder: Path) -> str | None:
     Returns:
         `str`, *optional*: the name of the picture; None if the patches are no grid.
     """
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     paths = sorted(path for suffix in EXAMPLE_SUFFIXES for path in (folder / EXAMPLES).glob(f"*{suffix}"))
     images = open_images({"images": [{"path": str(path), "bytes": None} for path in paths]}) or [_shapes()]
     training = model.training

@@ -4,12 +4,14 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx2
+from filelock import FileLock, Timeout
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo, get_token, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -28,6 +30,8 @@ from .card import write_card
 from .repository import ModelFolder, check_loads, fill_repository, make_harmless, read_folder
 
 
+SCRATCH = "vwlmm-push-"
+LOCK_NAME = ".lock"
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _ANY_WEIGHTS = re.compile(r"[^/]*\.(safetensors|bin|gguf|pt|pth|ckpt|h5|msgpack|onnx)")
 
@@ -198,6 +202,52 @@ def _find_base(folder: Path, trained_on: str, base_model: str | None, token: str
     return read_folder(source).folder
 
 
+class Target(NamedTuple):
+    """What is pushed, and where to: `info` and `card_text` are None if the repository does not exist."""
+
+    model: ModelFolder
+    repo_id: str
+    base_model: str | None
+    info: ModelInfo | None
+    card_text: str | None
+
+
+def look_at(
+    folder: str | os.PathLike,
+    repo_id: str,
+    base_model: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+) -> Target:
+    """Refuse what [`push`] refuses before it makes a repository, the first three of its points. Nothing is sent."""
+    if create_pr and revision is not None:
+        raise ValueError("a pull request is always for the main branch: give no revision")
+    model = read_folder(folder)
+    base_model = base_model or model.trained_on
+    repo_id, info = check_repository(repo_id, model.config, base_model, private, revision, token)
+    if create_pr and info is None:
+        raise ValueError(f"{repo_id} does not exist, so that a pull request cannot be opened there")
+    with explain_hub_errors(repo_id, token):
+        card_text = _download(HfApi(token=token), info, "README.md") if info is not None else None
+    return Target(model, repo_id, base_model, info, card_text)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder to make a repository in. Those of pushes that were killed are removed: they hold copies of models."""
+    place = Path(tempfile.gettempdir())
+    for left in place.glob(f"{SCRATCH}*"):
+        try:
+            with FileLock(left / LOCK_NAME, timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
+        except (Timeout, OSError):  # its push is at work, or it is another user's
+            continue
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch, FileLock(Path(scratch) / LOCK_NAME):
+        yield Path(scratch)
+
+
 def push(
     folder: str | os.PathLike,
     repo_id: str,
@@ -213,7 +263,7 @@ def push(
 
     A push is refused before anything is sent, and this is the order in which that is decided:
 
-    1. A pull request is asked for, and a branch beside it.
+    1. A pull request is asked for, and a branch beside it, or of a repository that does not exist.
     2. The folder has no VW-LMM model or adapter, or no processor: `read_folder`.
     3. The repository cannot be written to, has another model in it, or is public though `private` is asked for:
        `check_repository`.
@@ -237,17 +287,13 @@ def push(
         ValueError: the folder or the repository holds something else, or what is asked cannot be.
         OSError: files are missing, or the Hub did not take them.
     """
-    if create_pr and revision is not None:
-        raise ValueError("a pull request is always for the main branch: give no revision")
     token = token or get_token()
-    model = read_folder(folder)
-    base_model_id = base_model or model.trained_on
-    repo_id, info = check_repository(repo_id, model.config, base_model_id, private, revision, token)
+    model, repo_id, base_model_id, info, card_text = look_at(
+        folder, repo_id, base_model, private, revision, create_pr, token
+    )
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory(prefix="vwlmm-push-") as scratch:
-        with explain_hub_errors(repo_id, token):
-            card_text = _download(api, info, "README.md") if info is not None else None
-        prepared = prepare(model, Path(scratch), repo_id, base_model, card_text, token)
+    with scratch_folder() as scratch:
+        prepared = prepare(model, scratch, repo_id, base_model, card_text, token)
         with explain_hub_errors(repo_id, token):
             prepared.card.validate()
             if prepared.base is not None and base_model_id is not None:

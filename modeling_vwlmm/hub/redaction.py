@@ -44,13 +44,6 @@ def without_tokens(text: str, token: str | None = None) -> str:
     return _TOKEN.sub(lambda match: "hf_***" if match[0].startswith("hf_") else "***", text)
 
 
-def without_code(value: Any) -> Any:
-    """A JSON value without any `auto_map`, which names code of strangers for transformers to load and run."""
-    if isinstance(value, dict):
-        return {name: without_code(item) for name, item in value.items() if name != "auto_map"}
-    return [without_code(item) for item in value] if isinstance(value, list) else value
-
-
 def without_secrets(value: Any) -> Any:
     """A JSON value without tokens, without users' names at machines and without the name of this machine.
 

@@ -17,13 +17,13 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..configuration_vwlmm import VWLmmConfig
-from ..files import new_folder, read_json, read_json_object, write_json
+from ..files import new_folder, read_json, read_json_object, without_code, write_json
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..weights import read_weights, write_weights
 from . import load_check
 from .card_pictures import EXAMPLE_SUFFIXES, EXAMPLES
 from .notes import has_notes, remove_notes
-from .redaction import holds_token, private_place, without_code, without_home, without_paths, without_secrets
+from .redaction import holds_token, private_place, without_home, without_paths, without_secrets
 
 
 LARGEST_FILE = 5 * 10**9  # bytes; a broken upload sends its current file again, so that files stay small

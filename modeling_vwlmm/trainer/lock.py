@@ -28,8 +28,9 @@ def locked(output_dir: str | os.PathLike) -> Iterator[None]:
     except Timeout:
         raise ValueError(f"another process trains in {output_dir}: wait for it, or name another output_dir") from None
     try:
-        for left in Path(output_dir).glob(f"{PUSH_PREFIX}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        if lock.lock_counter == 1:
+            for left in Path(output_dir).glob(f"{PUSH_PREFIX}*"):
+                shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         lock.release()

@@ -17,6 +17,7 @@ from ..data.reading import background_tokens, frequent_tokens
 from ..files import reading
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..stages import STAGES, missing_stage, stages_of, train_only, trained_parts
+from ..training_run import FROM_THE_HUB
 from .lora import for_language_model, parts_alone, skip_small_parts
 from .sft_config import VWLmmSFTConfig
 
@@ -31,7 +32,7 @@ def load_model(
     Raises:
         ValueError: an adapter of an adapter is asked for.
     """
-    model_init_kwargs = dict(args.model_init_kwargs or {})
+    hub, model_init_kwargs = hub_arguments(args), dict(args.model_init_kwargs or {})
     args.model_init_kwargs = None
     if quantization_config is not None:
         model_init_kwargs["quantization_config"] = skip_small_parts(quantization_config)
@@ -39,8 +40,8 @@ def load_model(
         model_init_kwargs["device_map"] = None
     if args.deepspeed_plugin is not None:
         with set_zero3_state():  # which loads modules without weights, so that the shape must be known before
-            VWLmmConfig.from_pretrained(name).image_feature_shape()
-    if find_adapter_config_file(name) is not None:
+            VWLmmConfig.from_pretrained(name, **hub).image_feature_shape()
+    if find_adapter_config_file(name, **hub) is not None:
         if peft_config is not None or args.save_only_trained or args.deepspeed_plugin is not None:
             raise ValueError(
                 f"{name} is an adapter: to train what it makes of its base model, vwlmm merge {name} NEW_FOLDER"
@@ -99,11 +100,16 @@ def set_stage(
     return peft_config
 
 
-def check_adapter_config(name: str, model: VWLmmForCausalLM) -> None:
+def hub_arguments(args: VWLmmSFTConfig) -> dict[str, Any]:
+    """What of `model_init_kwargs` holds for all files of a repository, not for the weights alone."""
+    return {key: value for key, value in dict(args.model_init_kwargs or {}).items() if key in FROM_THE_HUB}
+
+
+def check_adapter_config(name: str, model: VWLmmForCausalLM, **hub: Any) -> None:
     """`ValueError` if a model that an adapter trains differs from its base in what no adapter saves."""
     if not name:
         return
-    own = VWLmmConfig.from_pretrained(name).pseudo_image_features
+    own = VWLmmConfig.from_pretrained(name, **hub).pseudo_image_features
     if model.config.pseudo_image_features != own:
         raise ValueError(
             f"an adapter has no config of its own, and that of {name} has pseudo_image_features {own}: change it there"

@@ -17,7 +17,7 @@ from trl import SFTTrainer
 from ..data.collator import VWLmmDataCollator, WithoutPlaceholderLabels
 from ..data.load import columns_of, number_samples
 from ..data.reading import ReadingCollator
-from ..files import reading
+from ..files import reading, remove_code
 from ..hub.card import write_card
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..stages import trained_parts
@@ -27,7 +27,15 @@ from .checkpoints import WholeCheckpoints
 from .fused_head import add_visual_word_loss
 from .hub_mixin import HubMixin
 from .lora import keep_precision
-from .model import check_adapter_config, doubts_about, load_model, set_stage, start_projector, trains_only_the_vm_head
+from .model import (
+    check_adapter_config,
+    doubts_about,
+    hub_arguments,
+    load_model,
+    set_stage,
+    start_projector,
+    trains_only_the_vm_head,
+)
 from .reach import freeze_biases_outside
 from .sft_config import VWLmmSFTConfig
 
@@ -76,6 +84,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             raise TypeError(f"args must be a VWLmmSFTConfig, got a {type(args).__name__}")
         args = copy.copy(args)
         peft_config, name = kwargs.pop("peft_config", None), None
+        hub = hub_arguments(args) if isinstance(model, str) else {}
         if isinstance(model, str):
             name, model = model, load_model(model, args, peft_config, kwargs.pop("quantization_config", None))
         base_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -86,7 +95,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         base_fingerprint = fingerprint(base_model) if is_whole and not is_peft_model(model) else None
         peft_config = set_stage(model, args, peft_config)
         if peft_config is not None:
-            check_adapter_config(name, base_model)
+            check_adapter_config(name, base_model, **hub)
         bypasses = args.label_smoothing_factor or kwargs.get("compute_loss_func")
         if base_model.config.visual_word_loss_weight and bypasses:
             # TRL then takes the loss from full logits, and what its fused head returns for the log alone
@@ -99,7 +108,9 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             if not base_model.config.name_or_path:
                 raise ValueError("a model that was not loaded from anywhere needs a processing_class")
             with reading(f"the processor of {base_model.config.name_or_path}"):
-                processing_class = AutoProcessor.from_pretrained(base_model.config.name_or_path)
+                processing_class = AutoProcessor.from_pretrained(
+                    base_model.config.name_or_path, trust_remote_code=False, **hub
+                )
         # TRL's own pipeline for text tokenizes beforehand, and is used where it is asked for
         is_text = args.packing or args.padding_free or kwargs.get("formatting_func") is not None
         # Another collator gets its rows as they are: it may want images that datasets has opened
@@ -146,7 +157,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         run = describe_run(
             name, base_model.config, args, trained_parts(base_model), peft_config, base_fingerprint, **run_record
         )
-        self.stages = [*(read_training_run(name) if name else []), run]
+        self.stages = [*(read_training_run(name, **hub) if name else []), run]
         for doubt in doubts_about(args, name, self.stages, is_peft_model(self.model)):
             logger.warning(doubt)
         # ZeRO-3 takes one dtype alone
@@ -170,6 +181,8 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
+        if self.args.should_save:
+            remove_code(output_dir or self.args.output_dir)
         if self.args.should_save:
             write_training_run(output_dir or self.args.output_dir, self.stages)
 

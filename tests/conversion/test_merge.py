@@ -12,6 +12,7 @@ from helpers.conversations import picture
 from helpers.tiny import LLMS, tiny_batch
 from modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.cli import main
+from modeling_vwlmm.hub.card import write_card
 
 
 @pytest.mark.parametrize("switch", ["plain", "dora", "rslora"])
@@ -96,3 +97,13 @@ def test_merging_what_is_no_adapter(tmp_path, capsys):
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "no/base"}))
     assert "no/base" in refused(capsys, "merge", tmp_path / "adapter", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_merged_model_keeps_the_losses_of_its_last_stage(tmp_path):
+    trainer = train(tmp_path)
+    trainer.save_state()
+    main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    assert json.loads((tmp_path / "merged" / "trainer_state.json").read_text())["global_step"] == 2
+    write_card(tmp_path / "merged")
+    losses = json.loads((tmp_path / "merged" / "assets" / "losses.json").read_text())
+    assert losses[-1]["step"] == [1, 2]

@@ -289,4 +289,36 @@ def test_a_dry_run_sends_nothing(model, hub, capsys):
     printed = capsys.readouterr().out
     size = (model / "model.safetensors").stat().st_size
     assert f"{size:,}  model.safetensors" in printed and "pipeline_tag: image-text-to-text" in printed
-    assert not hub.requests
+    assert "would go to the branch main of a new repository me/model, public" in printed
+    main(["push", str(model), "me/model", "--dry-run", "--private", "--revision", "dev"])
+    assert "would go to the branch dev of a new repository me/model, private" in capsys.readouterr().out
+    assert all(request.startswith("GET") for request in hub.requests) and not hub.repos
+
+
+@pytest.mark.parametrize("case", ["a branch and a pull request", "another model", "public"])
+def test_a_dry_run_refuses_what_a_push_refuses(model, hub, capsys, monkeypatch, checked, case):
+    set_up, switches, message = ERRORS[case]
+    set_up(hub, monkeypatch)
+    assert re.search(message, refused(capsys, hub, model, "me/model", "--dry-run", *switches))
+
+
+def test_a_dry_run_needs_no_token(model, hub, capsys, monkeypatch, checked):
+    monkeypatch.delenv("HF_TOKEN")
+    capsys.readouterr()
+    main(["push", str(model), "me/model", "--dry-run"])
+    printed = capsys.readouterr()
+    assert "the repository was not looked at: " in printed.err and "there is no token" in printed.err
+    assert "bytes in" in printed.out
+
+
+def test_a_pull_request_needs_a_repository(model, hub, capsys, checked):
+    assert "me/new does not exist" in refused(capsys, hub, model, "me/new", "--create-pr")
+
+
+def test_what_a_killed_push_left_is_removed(model, hub, checked, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "vwlmm-push-killed").mkdir()
+    (tmp_path / "vwlmm-push-killed" / "model.safetensors").write_bytes(b"half")
+    with hub_module.scratch_folder() as other:
+        push(model, "me/model")
+        assert [path.name for path in tmp_path.glob("vwlmm-push-*")] == [other.name]

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.adapters import base_folder, train
 from helpers.conversations import conversations
-from helpers.hub_server import READ_ONLY, TOKEN
+from helpers.hub_server import READ_ONLY, TOKEN, Repo
 from helpers.training import sft_config
 from modeling_vwlmm.hub.push import push
 from modeling_vwlmm.trainer import VWLmmSFTTrainer, hub_mixin
@@ -71,3 +71,32 @@ def test_a_trainer_pushes_its_adapter(tmp_path, hub, checked):
     trainer.push_to_hub(base_model="me/base", dataset_name="easy-vqa")
     config = json.loads(hub.files("me/adapter")["adapter_config.json"])
     assert config["base_model_name_or_path"] == "me/base"
+
+
+def test_a_revision_holds_for_all_files_of_a_model(hub, tmp_path, model_folder):
+    """What is on the main branch has another vocabulary, no record, and cannot be loaded."""
+    repo = hub.repos["me/model"] = Repo(private=False)
+    files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    files["training_run.json"] = json.dumps([{"stage": "align"}]).encode()
+    repo.commit("main", {"config.json": b"{}"}, "broken")
+    repo.commit("dev", files, "whole")
+    arguments = {"max_steps": 1, "stage": "joint", "model_init_kwargs": {"revision": "dev"}}
+    trainer = VWLmmSFTTrainer("me/model", sft_config(tmp_path / "out", **arguments), train_dataset=conversations())
+    assert trainer.processing_class.chat_template and [stage["stage"] for stage in trainer.stages] == [
+        "align",
+        "joint",
+    ]
+
+
+def test_a_revision_of_an_adapter_is_not_that_of_its_base(hub, tmp_path):
+    train(tmp_path)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "me/base"}))
+    for name, ref in (("base", "main"), ("adapter", "dev")):
+        repo = hub.repos[f"me/{name}"] = Repo(private=False)
+        repo.commit(
+            ref, {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()}, name
+        )
+    arguments = {"max_steps": 1, "stage": "joint", "model_init_kwargs": {"revision": "dev"}}
+    trainer = VWLmmSFTTrainer("me/adapter", sft_config(tmp_path / "out", **arguments), train_dataset=conversations())
+    assert [stage["stage"] for stage in trainer.stages] == ["joint", "joint"]
