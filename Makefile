@@ -14,7 +14,7 @@ IMAGES ?=
 HELD_OUT ?=
 TIMES ?= 1
 
-.PHONY: quickstart photos nano nano-refresh bench matrix test quality style
+.PHONY: quickstart photos nano nano-refresh bench matrix attack test quality style
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ matrix: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+attack: $(VENV)/installed
+	$(BIN)/python tests/attack.py
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check .
