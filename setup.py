@@ -27,6 +27,7 @@ setup(
         "jinja2>=3.1,<4",
         "matplotlib>=3.10,<4",
         "numpy>=1.26,<3",
+        "packaging>=23,<27",
         "pillow>=11,<14",
         "sentencepiece>=0.2,<0.3",
         "protobuf>=5,<8",

@@ -1,8 +1,10 @@
 """What differs between releases of transformers. `make matrix` runs the releases themselves."""
 
 import importlib.util
+import re
 import sys
 import types
+from importlib import metadata
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import transformers
 from helpers.source import PACKAGE
 from helpers.tiny import tiny_batch, tiny_model, without_labels
 from modeling_vwlmm.compatibility import kept_positions
+from modeling_vwlmm.requirements import named
 
 
 def imported_again():
@@ -62,3 +65,16 @@ def test_the_cache_has_two_names():
 def test_positions_that_are_kept(wanted, expected):
     hidden_states = torch.arange(6).view(2, 3, 1)
     assert kept_positions(hidden_states, wanted).squeeze(-1).tolist() == expected
+
+
+def test_an_upgrade_of_trl_that_removes_a_name(monkeypatch):
+    """Said by the trainer, in one line: what is gone, and the releases that have it."""
+    versions = {"trl": "7.0.0", "peft": "0.1.0"}
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: versions.get(name) or version(name))
+    error = named(ImportError("cannot import name 'SFTTrainer' from 'trl'"))
+    assert re.fullmatch(
+        r"cannot import name 'SFTTrainer' from 'trl': modeling_vwlmm works with trl[<>=.,\d]+, found 7\.0\.0; "
+        r"peft[<>=.,\d]+, found 0\.1\.0",
+        str(error),
+    )

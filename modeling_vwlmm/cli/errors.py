@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from ..hub.redaction import without_tokens
+from ..requirements import named
 
 
 _BAD_INPUT = (
@@ -49,7 +50,7 @@ def is_bad_input(error: BaseException) -> bool:
 
 def refuse(name: str, error: BaseException | str) -> NoReturn:
     """Print one line, without tokens, and end with status 2."""
-    message = str(error)
+    message = str(named(error) if isinstance(error, ImportError) else error)
     if "Original Traceback" in message:  # torch's DataLoader appends the error of its worker
         message = message.strip().splitlines()[-1]
     if isinstance(error, MemoryError) or not message.strip():

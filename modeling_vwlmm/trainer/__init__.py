@@ -1,7 +1,13 @@
 """Training: TRL's supervised fine-tuning with the visual-word loss."""
 
-from .sft_config import VWLmmSFTConfig
-from .sft_trainer import VWLmmSFTTrainer
+from ..requirements import named
+
+
+try:
+    from .sft_config import VWLmmSFTConfig
+    from .sft_trainer import VWLmmSFTTrainer
+except ImportError as error:
+    raise named(error) from None
 
 
 __all__ = ["VWLmmSFTConfig", "VWLmmSFTTrainer"]
