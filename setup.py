@@ -15,10 +15,10 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9,<2.14",
-        "transformers>=5.23,<5.24",
+        "transformers>=5.23,<5.25",
         "trl>=1.16,<1.17",
         "peft>=0.21,<0.22",
-        "accelerate>=1.15,<2",
+        "accelerate>=1.10.1,<2",
         "datasets>=5.2,<6",
         "safetensors>=0.8,<1",
         "huggingface_hub>=2.4,<3",
