@@ -69,6 +69,7 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         return template.replace(tokenizer.chat_template, marked)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        examples = [_numbered_by_worker(example) for example in examples]
         names = [_sample_name(example) for example in examples]
         examples = [self._prepare(example, name) for example, name in zip(examples, names, strict=True)]
         batch = super().torch_call(examples)
@@ -228,6 +229,15 @@ def _expanded(place: int, replacements: list[dict[str, Any]]) -> int:
         for replaced in replacements
         if replaced["span"][1] <= place
     )
+
+
+def _numbered_by_worker(example: dict[str, Any]) -> dict[str, Any]:
+    """An example of a stream with the worker in its number: each of several workers counts its own share."""
+    worker: Any = torch.utils.data.get_worker_info()
+    is_share = worker and worker.num_workers > 1 and isinstance(worker.dataset, torch.utils.data.IterableDataset)
+    if not is_share or "sample_index" not in example:
+        return example
+    return {**example, "sample_index": f"{example['sample_index']} of worker {worker.id}"}
 
 
 def _sample_name(example: dict[str, Any]) -> str:

@@ -123,3 +123,16 @@ def test_streams_go_to_workers_that_are_spawned(tmp_path):
     arguments = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"}
     trainer = trainer_of(tmp_path, dataset=stream, **arguments)
     assert batch_of(trainer)["pixel_values"].shape[0] == 4
+
+
+def test_samples_of_a_stream_are_numbered_by_the_worker_that_reads_them(tmp_path):
+    rows = list(conversations((1, 1, 1, 1)))
+    rows[2]["images"] = [b"no image"]
+    stream = datasets.IterableDataset.from_generator(_some_of, gen_kwargs={"rows": rows})
+    arguments = {"dataloader_num_workers": 2, "per_device_train_batch_size": 1}
+    with pytest.raises(ValueError, match=r"sample 1 of worker 0: image \(in memory\)"):
+        list(trainer_of(tmp_path, dataset=stream, **arguments).get_train_dataloader())
+
+
+def _some_of(rows):
+    yield from rows
