@@ -123,8 +123,8 @@ def draw_words(
         picture.paste(seen, (left, top))
         picture.paste(_overlay(seen, patches, *grid), (left + size + margin // 2, top))
         if captions:
-            caption = _drawable(captions[index])
-            draw.text((left, top + size + line // 4), caption, fill="black", font=_font(line * 0.5))
+            caption = drawable(captions[index])
+            draw.text((left, top + size + line // 4), caption, fill="black", font=caption_font(line * 0.5))
     return picture
 
 
@@ -134,10 +134,10 @@ def _overlay(image, patches, rows, columns):
     draw = ImageDraw.Draw(layer)
     width, height = image.width / columns, image.height / rows
     for index, patch in enumerate(patches):
-        word, probability = _drawable(patch[0][0]), patch[0][1]
+        word, probability = drawable(patch[0][0]), patch[0][1]
         x, y = index % columns * width, index // columns * height
         draw.rectangle((x, y, x + width, y + height), fill=(255, 255, 255, 120), outline=(0, 0, 0, 40))
-        font = _font(_font_size(word, min(width, height)))
+        font = caption_font(_font_size(word, min(width, height)))
         shade = 70 + round(185 * probability)
         draw.text((x + width / 2, y + height / 2), word, fill=(0, 0, 0, shade), font=font, anchor="mm")
     return Image.alpha_composite(image, layer).convert("RGB")
@@ -151,19 +151,20 @@ def _font_file():
     return path, matplotlib.ft2font.FT2Font(str(path)).get_charmap()
 
 
-def _drawable(word):
+def drawable(word: str) -> str:
     """The word with the code point of every character that the font lacks, which would all be the same box."""
     _, characters = _font_file()
     return "".join(c if ord(c) in characters else f"[{ord(c):x}]" for c in word)
 
 
 @functools.cache
-def _font(size):
+def caption_font(size: float) -> ImageFont.FreeTypeFont:
+    """The font of pictures, which brings most alphabets, in pixels."""
     return ImageFont.truetype(_font_file()[0], size)
 
 
 def _font_size(word, cell):
     """The largest size at which the word fits its cell, so that it can be read."""
     reference = 100
-    width = _font(reference).getlength(word or " ")
+    width = caption_font(reference).getlength(word or " ")
     return max(4.0, min(cell * 0.26, 0.85 * cell * reference / width))

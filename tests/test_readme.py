@@ -50,6 +50,7 @@ def local(tmp_path, monkeypatch, model_folder, data):
         "hub_card/": f"{ROOT}/hub_card/",
         "learning_rate=2e-5": "use_cpu=True, bf16=False, max_steps=1, report_to='none'",
         "what color is the shape?": "w20 w21",
+        "red circle": "w20 w21",
     }
 
     def replace(text):
@@ -104,7 +105,7 @@ def test_conversions_run(local, tmp_path, capsys):
 
 def test_commands_run(local, tmp_path, capsys, model_folder):
     assert [command.split()[1] for command in COMMANDS] == [
-        *("generate", "words", "train", "evaluate", "evaluate", "train", "merge", "push")
+        *("generate", "words", "words", "index", "search", "train", "evaluate", "evaluate", "train", "merge", "push")
     ]
     for command in COMMANDS:
         arguments = shlex.split(local(command))[1:]

@@ -12,7 +12,7 @@ from helpers.source import FILES, PACKAGE, imports_of, own_imports_of
 
 
 # A room imports from itself, and from those after it
-ROOMS = ["cli", "trainer", "evaluation", "hub", "conversion", "data", "root"]
+ROOMS = ["cli", "trainer", "evaluation", "hub", "conversion", "looking", "data", "root"]
 # They travel to the Hub, where nothing else of the package is
 TRAVELS = {
     f"modeling_vwlmm.{name}"

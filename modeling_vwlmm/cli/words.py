@@ -21,6 +21,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("model", help="folder or repository")
     parser.add_argument("images", nargs="+", metavar="image", help="image files")
+    parser.add_argument(
+        "--heatmap", nargs="+", metavar="WORD", help="colour where each of these words is, instead of writing words"
+    )
     parser.add_argument("--output", help="the picture to write; this or --json is needed")
     parser.add_argument("--json", action="store_true", help="print the words and probabilities of every patch")
     parser.add_argument("--top", type=int, default=3, help="words of a patch in the JSON (default: 3)")
@@ -34,6 +37,10 @@ def main(argv: list[str]) -> None:
         parser.error("nothing to do: give --output FILE.png, --json or both")
 
     from ..files import replacing
+
+    if arguments.heatmap and (arguments.json or arguments.relative):
+        parser.error("--heatmap draws a picture of its own: --json and --relative are not for it")
+
     from ..words import draw_words, most_frequent_word, top_words
 
     if arguments.output and os.path.exists(arguments.output):
@@ -42,6 +49,12 @@ def main(argv: list[str]) -> None:
                 parser.error(f"--output {arguments.output} is the image {path}, which it would replace")
     images = open_pictures(arguments.images)
     model, processor = load(arguments.model)
+    if arguments.heatmap:
+        from ..looking.heatmaps import draw_heatmaps, word_probabilities
+
+        probabilities = word_probabilities(model, processor, images, arguments.heatmap)
+        draw_heatmaps(processor, images, arguments.heatmap, probabilities).save(arguments.output)
+        return
     found = top_words(model, processor, images, k=arguments.top, relative=arguments.relative)
     word, share = most_frequent_word(found)
     if share > BLANK and not arguments.relative:
