@@ -35,7 +35,7 @@ def test_an_image_needs_all_words_and_a_word_that_is_everywhere_decides_nothing(
     weights = [[0.9, 0.9, 0.0], [0.9, 0.0, 0.6], [0.9, 0.9, 0.6], [0.9, 0.0, 0.0]]
     index = Index(sparse.csr_array(np.array(weights)), ["a", "b", "c", "d"], ["there", "red", "circle"])
     assert [path for path, _ in search(index, "Red circle", k=2)] == ["c", "a"]
-    assert search(index, "there red")[0][1] > search(index, "there red")[1][1] * 1.01
+    assert [path for path, _ in search(index, "there red", k=2)] == ["a", "c"]
     with pytest.raises(ValueError, match='no single word "circles", near it are circle'):
         search(index, "red circles")
     with pytest.raises(ValueError, match="nothing to search for"):
