@@ -7,6 +7,8 @@ Every data set of this package has the columns
         `{"type": "text", "text"}` parts, with one image part for each of `images`, in their order
 """
 
+import contextlib
+import gc
 import itertools
 import json
 import os
@@ -64,10 +66,23 @@ def load_conversations(data_path: str | os.PathLike, image_folder: str | os.Path
     if not os.path.isdir(image_folder):
         raise FileNotFoundError(f"{image_folder}: no such image folder (of {data_path})")
     folder = ImageFolder(image_folder)
-    dataset = to_dataset(_read_record(r, i, data_path, folder) for i, r in enumerate(read_records(data_path)))
+    with _no_garbage_collection():
+        dataset = to_dataset(_read_record(r, i, data_path, folder) for i, r in enumerate(read_records(data_path)))
     if len(dataset) == 0:
         raise ValueError(f"{data_path}: found no records, expected at least one")
     return dataset
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Millions of records without a cycle would be looked through again and again, for most of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def to_dataset(rows: Iterable[dict], features: Features = FEATURES) -> Dataset:
@@ -92,11 +107,14 @@ def read_records(data_path: str) -> Iterator:
                 return
             content = file.read()
             records = json.loads(content) if content.strip() else []
+            del content
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: found no valid JSON ({error}), expected records of conversations") from error
     if not isinstance(records, list):
         raise ValueError(f"{data_path}: found {describe(records)}, expected a list of records")
-    yield from records
+    records.reverse()
+    while records:  # a record's memory is free when its row is made
+        yield records.pop()
 
 
 def _read_record(record: Any, index: int, data_path: str, folder: ImageFolder) -> dict:
@@ -104,7 +122,7 @@ def _read_record(record: Any, index: int, data_path: str, folder: ImageFolder) -
     if not isinstance(record, dict):
         raise ValueError(f"{where}: found {describe(record)}, expected a record with 'conversations'")
     messages = _read_turns(record.get("conversations"), where)
-    media = sorted(name for name in record if name in OTHER_MEDIA and record[name])
+    media = sorted(name for name in OTHER_MEDIA & record.keys() if record[name])
     if media:
         raise ValueError(f"{where}: found the field {media[0]!r}, expected images alone")
     image, images = record.get("image"), record.get("images")
@@ -112,7 +130,7 @@ def _read_record(record: Any, index: int, data_path: str, folder: ImageFolder) -
         raise ValueError(f"{where}: found the fields 'image' and 'images', expected one of them")
     names = images if image is None else image
     names = [] if names is None else names if isinstance(names, list) else [names]
-    markers = sum(part["type"] == "image" for message in messages for part in message["content"])
+    markers = [part["type"] for message in messages for part in message["content"]].count("image")
     if markers != len(names):
         raise ValueError(
             f"{where}: conversations: found {markers} {IMAGE_MARKER} markers, expected {len(names)}, one an image"
@@ -129,35 +147,42 @@ def _read_turns(turns: Any, where: str) -> list[dict]:
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{where}: conversations: found {describe(turns)}, expected a list of turns")
     messages: list[dict] = []
-    expected = "human"
+    expected, has_human = "human", False
     for i, turn in enumerate(turns):
-        field = f"{where}: conversations[{i}]"
-        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             found = f"the fields {sorted(turn)}" if isinstance(turn, dict) else describe(turn)
-            raise ValueError(f"{field}: found {found}, expected the fields 'from' and 'value'")
+            raise ValueError(f"{where}: conversations[{i}]: found {found}, expected the fields 'from' and 'value'")
         speaker, value = turn["from"], turn["value"]
         if not isinstance(speaker, str) or speaker not in ROLES:
-            raise ValueError(f"{field}.from: found {describe(speaker)}, expected one of {', '.join(ROLES)}")
+            field = f"{where}: conversations[{i}].from"
+            raise ValueError(f"{field}: found {describe(speaker)}, expected one of {', '.join(ROLES)}")
         if not isinstance(value, str):
-            raise ValueError(f"{field}.value: found {describe(value)}, expected text")
-        if re.search("[\ud800-\udfff]", value):  # JSON can hold it, Arrow cannot
-            raise ValueError(f"{field}.value: found half of a surrogate pair, expected text in UTF-8")
-        if speaker == "gpt" and not any(message["role"] == "user" for message in messages):
+            raise ValueError(f"{where}: conversations[{i}].value: found {describe(value)}, expected text")
+        if not value.isascii() and re.search("[\ud800-\udfff]", value):  # JSON can hold it, Arrow cannot
+            raise ValueError(
+                f"{where}: conversations[{i}].value: found half of a surrogate pair, expected text in UTF-8"
+            )
+        if speaker == "gpt" and not has_human:
             continue
         if speaker != "system" or i > 0:
             if speaker != expected:
-                raise ValueError(f"{field}.from: found {speaker!r}, expected {expected!r}: speakers take turns")
+                raise ValueError(
+                    f"{where}: conversations[{i}].from: found {speaker!r}, expected {expected!r}: speakers take turns"
+                )
             expected = "gpt" if speaker == "human" else "human"
+        has_human = has_human or speaker == "human"
         messages.append({"role": ROLES[speaker], "content": message_parts(value)})
-    if not any(message["role"] == "user" for message in messages):
+    if not has_human:
         raise ValueError(f"{where}: conversations: found no turn of human, expected at least one")
     return messages
 
 
 def message_parts(text: str) -> list[dict]:
     """The parts of a turn. A single marker moves to the front, as in LLaVA-1.5's preprocess_multimodal."""
+    if IMAGE_MARKER not in text:  # nearly all turns
+        # An empty turn is one empty text: templates print an empty list as []
+        return [{"type": "text", "text": text}]
     if text.count(IMAGE_MARKER) == 1:
         text = f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()
-    # An empty turn is one empty text: templates print an empty list as []
-    pieces = [piece for piece in re.split(f"({IMAGE_MARKER})", text) if piece] or [""]
+    pieces = [piece for piece in re.split(f"({IMAGE_MARKER})", text) if piece]
     return [{"type": "image"} if piece == IMAGE_MARKER else {"type": "text", "text": piece} for piece in pieces]

@@ -126,7 +126,8 @@ class ImageFolder:
     def __init__(self, path: str):
         self.path = path
         self.root = os.path.realpath(path)
-        self.realpath = functools.cache(os.path.realpath)  # of folders, which are few
+        self.prefix = os.path.join(self.root, "")
+        self.folder = functools.cache(lambda name: os.path.realpath(os.path.join(self.root, name)))  # of few names
 
     def find(self, name, where: str) -> str:
         """The absolute path of an image, links resolved; `ValueError` if it is outside of the folder or missing."""
@@ -135,10 +136,10 @@ class ImageFolder:
         found = f"{where}: image: found {describe(name)}"
         try:
             parent, base = os.path.split(name)
-            path = os.path.join(self.realpath(os.path.join(self.root, parent)), base)
+            path = os.path.join(self.folder(parent), base)
             if os.path.islink(path):
                 path = os.path.realpath(path)
-            is_inside = path.startswith(os.path.join(self.root, ""))
+            is_inside = path.startswith(self.prefix)
             is_file = is_inside and stat.S_ISREG(os.stat(path).st_mode)
         except (OSError, ValueError):  # ValueError: a name that no file can have
             is_inside, is_file = True, False
