@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..modeling_vwlmm import VWLmmForCausalLM
 
 
+_SHARDED = ("model.safetensors", "pytorch_model.bin")
 WAIT = 30.0  # seconds for the Hub to answer
 
 
@@ -51,8 +52,11 @@ def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "
     from transformers import AutoProcessor
 
     from ..modeling_vwlmm import VWLmmForCausalLM
+    from ..weights import read_weights
 
     quiet()
+    if any(os.path.isfile(os.path.join(folder, f"{name}.index.json")) for name in _SHARDED):
+        read_weights(folder)  # refuses an index that names shards outside of the folder, which transformers would read
     folder = existing(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with reading(f"the model {folder}"):

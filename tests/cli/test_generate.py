@@ -2,6 +2,8 @@
 
 import json
 
+from safetensors.torch import load_file
+
 from helpers.command_line import error_of
 from helpers.conversations import picture, tiny_processor
 from modeling_vwlmm import VWLmmForCausalLM
@@ -25,3 +27,13 @@ def test_generate_prints_what_the_model_generates(tmp_path, capsys, model_folder
     inputs = processor(images=picture(0), text="<s><image> w20 w21 w97", add_special_tokens=False, return_tensors="pt")
     expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert capsys.readouterr().out.split() == processor.tokenizer.decode(expected, skip_special_tokens=True).split()
+
+
+def test_shards_outside_of_the_folder_are_not_read(tmp_path, capsys, model_folder):
+    picture(0).save(tmp_path / "a.png")
+    (model_folder / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    names = load_file(tmp_path / "weights.safetensors").keys()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../weights.safetensors")}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = error_of(capsys, "generate", str(model_folder), str(tmp_path / "a.png"), "--prompt", "w5")
+    assert "../weights.safetensors: no such shard" in message
