@@ -50,6 +50,11 @@ NAMES = {
     "transformers.utils.SAFE_WEIGHTS_NAME": "the name of a file",
     "transformers.utils.WEIGHTS_INDEX_NAME": "the name of a file",
     "transformers.utils.WEIGHTS_NAME": "the name of a file",
+    # transformers: the server
+    "transformers.cli.serving.chat_completion.ChatCompletionHandler": "answers requests of OpenAI's chat API",
+    "transformers.cli.serving.model_manager.ModelManager": "hands it the one model",
+    "transformers.cli.serving.utils.GenerationState": "requests wait for each other",
+    "transformers.cli.serving.utils.Modality": "the model reads images",
     # transformers: templates
     "transformers.utils.chat_template_utils.render_jinja_template": "says where the assistant speaks",
     # transformers: the trainer

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         raise FileNotFoundError(f"{arguments.image_folder}: no such image folder")
     try:
         import uvicorn
-        from transformers.cli.serving import chat_completion  # noqa: F401
+        from transformers.cli.serving.chat_completion import ChatCompletionHandler  # noqa: F401
     except ImportError as error:
         raise ImportError(f'vwlmm serve needs more: pip install "modeling-vwlmm[serve]" ({error})') from error
 
