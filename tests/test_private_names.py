@@ -61,6 +61,7 @@ NAMES = {
     "transformers.Trainer._finish_current_push": "the last push waits for those that run in the background",
     "transformers.Trainer._get_grad_norm": "a gradient that is not finite is refused before the step",
     "transformers.Trainer._get_output_dir": "a checkpoint is written elsewhere until it is whole",
+    "transformers.Trainer._inner_training_loop": "a second try with a smaller batch has a log of its own",
     "transformers.Trainer._push_from_checkpoint": "our push in place of theirs, of checkpoints that are whole",
     "transformers.Trainer._run_epoch": "a run that is finished takes no further step",
     "transformers.Trainer._save": "the record of the run is saved with the model",

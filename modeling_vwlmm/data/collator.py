@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +27,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
-    """TRL's collator for images and text, which takes all of TRL's formats, with four differences.
+    """TRL's collator for images and text, which takes all of TRL's formats, with five differences.
 
     - With `assistant_only_loss` (the default here), the labels of `messages` are what the assistant says and the
       token that ends its turn. This holds for any chat template, with or without generation markers.
     - Rows longer than `max_length` lose text at their end. A row that would lose part of an image is an error.
     - Image placeholders are no labels, and a batch without any label is an error, unless `needs_labels` is false.
+    - A row's `tools` and `chat_template_kwargs` go into the chat template, as in TRL's pipeline for text.
     - Images may be paths. A file that cannot be read is an error that names its sample. With `skip_broken_images` it
       is a warning: the sample then has neither labels nor scored image positions, and `is_skipped` of shape (B,) marks
       it.
@@ -115,7 +117,9 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
             elif is_conversational(example):
                 prompt = prepare_multimodal_messages(example["prompt"], images=example["images"])
                 completion = prepare_multimodal_messages(example["completion"])
-                rendered = apply_chat_template({"prompt": prompt, "completion": completion}, self.processor)
+                rendered = apply_chat_template(
+                    {"prompt": prompt, "completion": completion}, self.processor, **_template_variables(example)
+                )
                 if self._adds_bos_token(rendered["prompt"]):
                     rendered["prompt"] = self.processor.tokenizer.bos_token + rendered["prompt"]
                 example.update(rendered)
@@ -184,7 +188,8 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
     def _render(self, example: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and the spans (start, end) in characters of what the assistant says in it."""
         messages = prepare_multimodal_messages(example["messages"], images=example["images"])
-        variables = {"chat_template": self.training_template, **self.processor.tokenizer.special_tokens_map}
+        variables = {**self.processor.tokenizer.special_tokens_map, **_template_variables(example)}
+        variables["chat_template"] = self.training_template
         if has_generation_markers(self.training_template):
             rendered: Any = render_jinja_template([messages], return_assistant_tokens_mask=True, **variables)
             texts, turns = rendered
@@ -209,17 +214,39 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
 
 
 @dataclass
-class WithoutPlaceholderLabels:
-    """Another collator, whose batches lose the labels of image placeholders: TRL's own masks nothing but padding."""
+class OtherCollator:
+    """Another collator, which gets images that are open, as those of TRL and of users expect, not files.
+
+    Its batches lose the labels of image placeholders: TRL's own masks nothing but padding.
+    """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     image_token_id: int
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(examples)
+        batch = self.collator([_with_open_images(example) for example in examples])
         if "labels" in batch and "input_ids" in batch:
             batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] == self.image_token_id, -100)
         return batch
+
+
+def _with_open_images(example: dict[str, Any]) -> dict[str, Any]:
+    """The example with images where `datasets` left files, as [`load_conversations`] makes it do."""
+    opened = {}
+    for name, value in example.items():
+        images = value if isinstance(value, list) else [value]
+        if images and all(isinstance(image, dict) and image.keys() == {"bytes", "path"} for image in images):
+            found = open_images({**example, "images": images})
+            opened[name] = found if isinstance(value, list) else found[0]
+    return {**example, **opened} if opened else example
+
+
+def _template_variables(example: dict[str, Any]) -> dict[str, Any]:
+    tools = example.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    # Arrow fills up what other rows have with None
+    given = {name: value for name, value in (example.get("chat_template_kwargs") or {}).items() if value is not None}
+    return {"tools": tools or None, **given}
 
 
 def _expanded(place: int, replacements: list[dict[str, Any]]) -> int:

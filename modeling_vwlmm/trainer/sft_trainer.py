@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from ..data.collator import VWLmmDataCollator, WithoutPlaceholderLabels
+from ..data.collator import OtherCollator, VWLmmDataCollator
 from ..data.load import columns_of, number_samples
 from ..data.reading import ReadingCollator
 from ..files import reading, remove_code
@@ -113,7 +113,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
                 )
         # TRL's own pipeline for text tokenizes beforehand, and is used where it is asked for
         is_text = args.packing or args.padding_free or kwargs.get("formatting_func") is not None
-        # Another collator gets its rows as they are: it may want images that datasets has opened
+        # Another collator gets its rows as they are, with images that are open
         is_ours = data_collator is None or isinstance(data_collator, VWLmmDataCollator)
         self._numbers_samples = isinstance(processing_class, ProcessorMixin) and is_ours and not is_text
         columns = []
@@ -122,11 +122,13 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
                 train_dataset, eval_dataset = number_samples(train_dataset), number_samples(eval_dataset)
             columns = columns_of(train_dataset)
         if args.assistant_only_loss is None:
-            args.assistant_only_loss = "messages" in columns
+            # TRL's default elsewhere: it looks for markers in the template, and a function makes texts without turns
+            makes_texts = kwargs.get("formatting_func") is not None or not isinstance(processing_class, ProcessorMixin)
+            args.assistant_only_loss = "messages" in columns and is_ours and not makes_texts
         if data_collator is None and self._numbers_samples and {"image", "images"} & set(columns):
             data_collator = _collator_of(args, processing_class, columns, base_model.config)
         elif not is_ours:
-            data_collator = WithoutPlaceholderLabels(data_collator, base_model.config.image_token_id)
+            data_collator = OtherCollator(data_collator, base_model.config.image_token_id)
         if args.stage == "read" and not isinstance(data_collator, ReadingCollator):
             raise ValueError('stage "read" makes its own batches: leave out packing, padding_free and data_collator')
         if args.projector_from_words:
@@ -169,7 +171,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "id", "sample_index"})
         if isinstance(self.data_collator, VWLmmDataCollator):  # which reads texts with images too, as TRL's does
-            self._signature_columns.append(self.args.dataset_text_field)
+            self._signature_columns += [self.args.dataset_text_field, "tools", "chat_template_kwargs"]
 
     def _save(self, output_dir=None, state_dict=None):
         if state_dict is not None and not is_peft_model(self.model):
@@ -283,8 +285,14 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             else:
                 self._metrics["train"][name].append(value)
 
+    def _inner_training_loop(self, *args, **kwargs):
+        # With auto_find_batch_size it begins anew, and what the first try recorded is no part of the log
+        self._metrics["train"].clear()
+        return super()._inner_training_loop(*args, **kwargs)
+
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         self._eval_sums = defaultdict(float)
+        self._metrics["eval"].clear()  # of a prediction, which TRL logs nowhere
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         # Means over all tokens and positions, whatever the batches. transformers' own loss is a mean over batches
         sums, self._eval_sums = self._eval_sums, defaultdict(float)

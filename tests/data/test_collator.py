@@ -179,3 +179,46 @@ def test_a_conversation_that_the_template_refuses_names_the_sample(tmp_path):
     dataset = conversations().map(turn_round, with_indices=True)
     with pytest.raises(ValueError, match="sample 2: found a message of assistant, expected one of user"):
         batch_of(trainer_of(tmp_path, dataset=dataset, template=read_chat_template("mistral")))
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE])
+def test_tools_and_variables_of_the_template_are_rendered(tmp_path, template):
+    added = "{{ tools[0].name if tools }}{{ ' w41 ' if mood }}{{ ' none' if other is defined }}"
+    dataset = conversations().add_column("tools", ['[{"name": "w40"}]', None, None, "[]"])
+    dataset = dataset.add_column(
+        "chat_template_kwargs", [{"mood": 1, "other": None}, *3 * [{"mood": None, "other": None}]]
+    )
+    trainer = trainer_of(tmp_path, dataset=dataset, template=added + template)
+    texts = trainer.processing_class.batch_decode(batch_of(trainer)["input_ids"])
+    assert sum("w40" in text and "w41" in text for text in texts) == 1
+    assert sum("w40" in text or "w41" in text or "none" in text for text in texts) == 1
+
+
+def test_another_collator_gets_open_images_and_its_own_columns(tmp_path):
+    """Also from data whose images `datasets` leaves alone, such as `load_conversations` returns."""
+    model = tiny_model()
+    processor = tiny_processor(model.config)
+    dataset = conversations().cast_column("images", datasets.List(datasets.Image(decode=False)))
+    theirs = trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling(processor)
+    ours = batch_of(trainer_of(tmp_path, assistant_only_loss=False))
+    trainer = VWLmmSFTTrainer(
+        model=model,
+        args=sft_config(tmp_path),
+        data_collator=theirs,
+        train_dataset=dataset,
+        processing_class=processor,
+    )
+    assert batch_of(trainer)["pixel_values"].equal(ours["pixel_values"])
+
+
+def test_texts_that_a_function_makes_have_no_turns(tmp_path):
+    dataset = conversations((0, 0, 0, 0)).remove_columns("images")
+    model = tiny_model()
+    trainer = VWLmmSFTTrainer(
+        model=model,
+        args=sft_config(tmp_path),
+        train_dataset=dataset,
+        formatting_func=lambda row: row["messages"][0]["content"],
+        processing_class=tiny_processor(model.config),
+    )
+    assert (batch_of(trainer)["labels"] != -100).all(1).any()

@@ -44,7 +44,9 @@ def test_a_prediction_adds_nothing_to_the_next_evaluation(tmp_path):
     trainer = trainer_with(tmp_path, conversations())
     before = trainer.evaluate()
     trainer.predict(conversations().select([0, 2]))
-    assert trainer.evaluate()["eval_lm_loss"] == before["eval_lm_loss"]
+    after = trainer.evaluate()
+    for name in ("eval_lm_loss", "eval_vw_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert after[name] == before[name]
 
 
 def test_rows_without_answers_are_predicted_and_not_evaluated(tmp_path):
@@ -64,3 +66,23 @@ def test_where_only_the_vm_head_trains_the_text_is_no_part_of_the_loss(tmp_path)
     for log in trainer.state.log_history[:3]:
         assert log["loss"] == pytest.approx(log["vw_loss"], rel=1e-6) and log["lm_loss"] > 0
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_vw_loss"], rel=1e-6) and metrics["eval_lm_loss"] > 0
+
+
+def test_a_try_with_a_batch_that_was_too_large_leaves_nothing_in_the_log(tmp_path):
+    found = []
+    for fails in (False, True):
+        trainer = trainer_with(tmp_path, None, auto_find_batch_size=True, max_steps=1, gradient_accumulation_steps=2)
+        step = trainer.training_step
+
+        def training_step(*args, _step=step, _trainer=trainer, _fails=fails, **kwargs):
+            loss = _step(*args, **kwargs)
+            if _fails and _trainer._train_batch_size == 4:
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+        trainer.training_step = training_step
+        if not fails:
+            trainer._train_batch_size = 3
+        trainer.train()
+        found.append({name: trainer.state.log_history[0][name] for name in ("lm_loss", "vw_loss", "loss")})
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
