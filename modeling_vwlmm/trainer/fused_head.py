@@ -29,7 +29,7 @@ def add_visual_word_loss(model: VWLmmForCausalLM) -> None:
     """
     fused_forward = model.forward
 
-    @functools.wraps(fused_forward)
+    @functools.wraps(type(model).forward)  # of the bound method, `self` would be counted twice
     def forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
         if fused_lm_head and isinstance(self.lm_head, FSDPModule):
             # TRL reads the head's weight without calling the head, so FSDP would not sum its gradient over the ranks

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import IA3Config, LNTuningConfig, LoraConfig, TrainableTokensConfig
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import BitsAndBytesConfig
@@ -106,15 +106,25 @@ def for_language_model(peft_config: LoraConfig, parts: list[str] | None, model: 
         ValueError: `parts` leaves the LLM out.
     """
     peft_config = copy.copy(peft_config)
+    if str(getattr(peft_config, "init_lora_weights", "")).startswith("pissa_niter"):
+        # The base's weights change by random numbers, which no adapter holds: what is loaded would be another model
+        raise ValueError(f'init_lora_weights "{peft_config.init_lora_weights}" cannot be loaded again: use "pissa"')
     if parts is not None and "language_model" not in parts:
         raise ValueError(
             f"an adapter trains the language_model, but what trains is {', '.join(parts)}: use no PEFT here"
         )
     # Without one, PEFT's Auto classes would import the class by its name, which they refuse for other packages
     peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
-    if peft_config.target_modules is None and not peft_config.target_parameters:
+    # Prompts have no targets, and these three kinds know by themselves what they adapt in an LLM
+    choose = isinstance(peft_config, (IA3Config, LNTuningConfig, TrainableTokensConfig))
+    has_targets = getattr(peft_config, "target_modules", ()) is not None
+    if not (choose or has_targets or getattr(peft_config, "target_parameters", None)):
         peft_config.target_modules = "all-linear"
-    if peft_config.modules_to_save is None and parts is not None:
+    if getattr(peft_config, "target_modules", None) == "all-linear" and not hasattr(peft_config, "exclude_modules"):
+        # Without that field, what limits it to the LLM would be lost when the adapter is saved
+        layers = model.get_submodule(LLM).named_modules(prefix=LLM)
+        peft_config.target_modules = [name for name, layer in layers if isinstance(layer, torch.nn.Linear)]
+    if getattr(peft_config, "modules_to_save", ()) is None and parts is not None:
         peft_config.modules_to_save = [SAVED_WHOLE[part] for part in parts if part != "language_model"] or None
     keep_within_llm(peft_config, model)
     return peft_config

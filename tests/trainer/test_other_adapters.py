@@ -1,0 +1,57 @@
+"""Adapters of PEFT that are no LoRA: they train, generate and load again, on the LLM alone."""
+
+import peft
+import pytest
+import torch
+from peft import PeftModel
+
+from helpers.adapters import base_folder
+from helpers.conversations import conversations
+from helpers.tiny import IMAGE, tiny_batch, without_labels
+from helpers.training import sft_config
+from modeling_vwlmm import VWLmmForCausalLM
+from modeling_vwlmm.trainer import VWLmmSFTTrainer
+
+
+KINDS = {
+    "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prompt encoder": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "VeRA": lambda: peft.VeraConfig(task_type="CAUSAL_LM", r=4),
+    "RandLoRA": lambda: peft.RandLoraConfig(task_type="CAUSAL_LM", r=4),
+    "SHiRA": lambda: peft.ShiraConfig(task_type="CAUSAL_LM", r=2),
+    "LoHa": lambda: peft.LoHaConfig(task_type="CAUSAL_LM", r=2),
+    "tokens": lambda: peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[5, 6]),
+}
+
+
+def trainer_with(tmp_path, base, peft_config):
+    return VWLmmSFTTrainer(
+        model=str(base),
+        args=sft_config(tmp_path / "run", max_steps=1, stage="joint"),
+        train_dataset=conversations(),
+        peft_config=peft_config,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_train_generate_and_load_again(tmp_path, kind):
+    base = base_folder(tmp_path)
+    trainer = trainer_with(tmp_path, base, KINDS[kind]())
+    frozen = ("vision_tower", "vm_head", "lm_head")
+    assert not [
+        n for n, p in trainer.model.named_parameters() if p.requires_grad and any(part in n for part in frozen)
+    ]
+    trainer.train()
+    assert trainer.state.log_history[0]["vw_loss"] > 0
+    trainer.save_model(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(VWLmmForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
+    inputs = without_labels(tiny_batch(loaded.config, [(3, IMAGE, 4)]))
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, trainer.model.eval()(**inputs).logits)
+    assert len(trainer.model.generate(**inputs, max_new_tokens=2, do_sample=False)[0]) >= 2
+
+
+def test_an_adapter_that_cannot_be_loaded_again_is_refused(tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights="pissa_niter_4")
+    with pytest.raises(ValueError, match='"pissa_niter_4" cannot be loaded again: use "pissa"'):
+        trainer_with(tmp_path, base_folder(tmp_path), config)
