@@ -83,8 +83,10 @@ class ImageTokenGenerationMixin(PreTrainedModel, GenerationMixin):
         self, input_ids: Any, inputs_embeds: Any = None, is_first_iteration: bool | None = False, **kwargs
     ) -> dict:
         cache = kwargs.get("past_key_values", kwargs.get("cache"))
-        # transformers leaves the images out for an assistant, whose first iteration is not that of the generation
-        is_first_iteration = is_first_iteration or (cache is not None and cache.get_seq_length() == 0)
+        # transformers leaves the images out for an assistant, whose first iteration is not that of the generation. A
+        # cache that is never filled, as under activation checkpointing, is no first iteration: the prompt is cut off
+        is_whole = (kwargs.get("next_sequence_length") or input_ids.shape[1]) >= input_ids.shape[1]
+        is_first_iteration = is_first_iteration or (cache is not None and cache.get_seq_length() == 0 and is_whole)
         return super().prepare_inputs_for_generation(  # type: ignore[misc]  # its self has a type of its own
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
