@@ -69,6 +69,16 @@ def remove_code(folder: str | os.PathLike) -> None:
             write_json(path, without_code(read_json(path)))
 
 
+def check_whole(path: str | os.PathLike) -> None:
+    """`ValueError` if a file is empty, or what Git leaves in place of a file that Git LFS has not fetched."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start:
+        raise ValueError(f"{path} is empty")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a pointer of Git LFS, expected the file itself, which git lfs pull fetches")
+
+
 @contextlib.contextmanager
 def reading(what: str | os.PathLike) -> Iterator[None]:
     """Raise what a library raises on a damaged file as a `ValueError` of one line that says what was read.

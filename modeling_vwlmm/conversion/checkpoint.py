@@ -24,7 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..configuration_vwlmm import VWLmmConfig
-from ..files import new_folder, read_json_object, reading, remove_code
+from ..files import check_whole, new_folder, read_json_object, reading, remove_code
 from ..modeling_vwlmm import VWLmmForCausalLM, VWLmmMultiModalProjector
 from ..training_run import write_training_run
 from ..weights import StoredTensor, check_weights, stored, write_weights
@@ -86,7 +86,15 @@ def open_checkpoint(source: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected the folder of a checkpoint")
+    check_tokenizer_files(folder)
     return folder, read_json_object(path)
+
+
+def check_tokenizer_files(folder: str | os.PathLike) -> None:
+    """`ValueError` if a file of a tokenizer has no content, of which transformers may make an empty vocabulary."""
+    for name in ("tokenizer.model", "spiece.model", "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"):
+        if (Path(folder) / name).is_file():
+            check_whole(Path(folder) / name)
 
 
 def fitting_weights(

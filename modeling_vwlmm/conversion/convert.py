@@ -12,6 +12,7 @@ from ..processing import IMAGE_MARKER, make_processor, read_chat_template
 from .checkpoint import (
     Checkpoint,
     add_new_parts,
+    check_tokenizer_files,
     fitting_weights,
     open_checkpoint,
     read_vision_tower,
@@ -89,6 +90,7 @@ def combine(
     where, options = language_model, {}
     if str(language_model).endswith(".gguf"):
         where, options = os.path.dirname(language_model) or ".", {"gguf_file": os.path.basename(language_model)}
+    check_tokenizer_files(where)
     llm = AutoModelForCausalLM.from_pretrained(where, dtype="auto", trust_remote_code=False, **options)
     tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
     if tokenizer.chat_template is None:

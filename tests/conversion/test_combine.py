@@ -41,7 +41,7 @@ def test_an_llm_of_a_gguf_file_can_train(tmp_path, monkeypatch, tower, llm):
 
     monkeypatch.setattr(conversion.AutoModelForCausalLM, "from_pretrained", load_gguf)
     read = conversion.AutoTokenizer.from_pretrained
-    monkeypatch.setattr(conversion.AutoTokenizer, "from_pretrained", lambda folder, gguf_file: read(llm))
+    monkeypatch.setattr(conversion.AutoTokenizer, "from_pretrained", lambda folder, gguf_file, **kwargs: read(llm))
     vwlmm(["convert", "--language-model", "llm.gguf", "--vision-tower", str(tower), str(tmp_path / "ours")])
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert "quantization_config" not in config and "quantization_config" not in config["text_config"]
@@ -65,3 +65,9 @@ def test_which_layers_of_the_tower_are_read(tmp_path, tower, llm, layers, read):
     assert model.config.vision_feature_layer == read
     channels = tower_config().hidden_size * max(1, len(layers))
     assert model.model.multi_modal_projector.linear_1.in_features == channels
+
+
+def test_an_llm_whose_tokenizer_has_no_content_is_refused(tmp_path, tower, llm):
+    (llm / "tokenizer.json").write_bytes(b"")
+    with pytest.raises(ValueError, match="llm/tokenizer.json is empty"):
+        conversion.combine(llm, tower, tmp_path / "made")

@@ -100,6 +100,12 @@ CASES = {
     "no weights": ({}, remove("model.safetensors"), ["has no weights", "model.safetensors or pytorch_model.bin"]),
     "no config": ({}, remove("config.json"), ["config.json: no such file"]),
     "no tokenizer": ({}, remove("tokenizer.model"), ["tokenizer.model: no such file", "sentencepiece"]),
+    "an empty tokenizer": ({}, write("tokenizer.model", b""), ["source/tokenizer.model is empty"]),
+    "a tokenizer of Git LFS": (
+        {},
+        write("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+        ["source/tokenizer.model is a pointer of Git LFS"],
+    ),
     "truncated": ({}, truncate("model.safetensors"), ["model.safetensors is truncated"]),
     "missing shard": (SHARDS, remove(SHARD), [f"{SHARD}: no such shard", INDEX]),
     "truncated shard": (SHARDS, truncate(SHARD), [f"{SHARD} is truncated"]),
