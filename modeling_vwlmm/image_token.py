@@ -41,6 +41,8 @@ class _WithImageToken:
 class ImageTokenEmbedding(_WithImageToken, nn.Embedding):
     """Embeddings that have one for the image token too, wherever its id lies. Other ids beyond are an `IndexError`."""
 
+    plain_forward = nn.Embedding.forward  # all other embeddings are rows of the weight, as `embedding_rows` takes them
+
 
 def add_image_token(embeddings: Any, image_token_id: int) -> None:
     """Make an LLM's input embeddings know the image token. Their weights and the names of these stay as they are."""

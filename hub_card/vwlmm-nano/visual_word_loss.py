@@ -61,7 +61,7 @@ def _is_plain(layer: nn.Module) -> bool:
     """
     weight = getattr(layer, "weight", None)
     return (
-        type(layer).forward in (nn.Linear.forward, nn.Embedding.forward)
+        getattr(type(layer), "plain_forward", type(layer).forward) in (nn.Linear.forward, nn.Embedding.forward)
         and type(weight) in (torch.Tensor, nn.Parameter)  # sharded and quantized weights have types of their own
         and weight.is_floating_point()
         and weight.itemsize > 1

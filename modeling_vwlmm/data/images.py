@@ -78,7 +78,9 @@ def _open_image(image: Any, example: dict) -> PIL.Image.Image:
         sample = example.get("sample_index", example.get("id"))
         where = "" if sample is None else f"sample {sample}: "
         name = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
-        name = describe(name)[1:-1] if name else "(in memory)"
+        name = str(name or "(in memory)")
+        if name.startswith("data:"):  # all of the image
+            name = describe(name)[1:-1]
         raise ValueError(f"{where}image {name}: {type(error).__name__}: {error}, expected a whole image") from error
 
 
