@@ -46,6 +46,7 @@ class TrainArguments:
 
 def main(argv: list[str]) -> None:
     arguments, config, lora, recipe = _parse(argv)
+    config.check_amount()
     with _own_folder(arguments, config, recipe):
         trainer = _load(arguments, config, lora, recipe)
         is_finished, checkpoint = _resume(trainer)

@@ -98,3 +98,22 @@ class VWLmmSFTConfig(SFTConfig):
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}, expected 1 or more, or null for rows of any length")
         check_loss_fields(self.visual_word_loss_weight, self.visual_word_target)
+
+    def check_amount(self, rows: int | None = None) -> None:
+        """`ValueError` if nothing would train, which would end as if it had.
+
+        Args:
+            rows: of the training data, where they are known.
+        """
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps is {self.max_steps}, expected 1 or more, or -1 for num_train_epochs")
+        if self.max_steps < 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}, expected more than 0")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, expected 1 or more")
+        batch = self.per_device_train_batch_size * max(self.n_gpu, 1) * self.world_size
+        if rows is not None and self.dataloader_drop_last and rows < batch and not self.auto_find_batch_size:
+            raise ValueError(
+                f"dataloader_drop_last leaves no batch: the data have {rows} rows, expected at least {batch}, a batch "
+                "on every device"
+            )

@@ -167,6 +167,10 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             keep_precision(self.model, has_autocast=args.bf16 or args.fp16)
         add_visual_word_loss(base_model)
 
+    def train(self, *args, **kwargs):
+        self.args.check_amount(len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None)
+        return super().train(*args, **kwargs)
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "id", "sample_index"})

@@ -58,6 +58,13 @@ BAD = {
     "model": ({"model_init_kwargs": {"nope": 1}}, "the model .* cannot be read: .*'nope'"),
     "accelerator": ({"accelerator_config": {"nope": 1}}, "recipe.yaml: .*'nope'"),
     "batch": ({"per_device_train_batch_size": 0}, "batch_size should be a positive integer"),
+    "no steps": ({"max_steps": 0}, "max_steps is 0, expected 1 or more, or -1 for num_train_epochs"),
+    "no epochs": ({"max_steps": -1, "num_train_epochs": -1}, "num_train_epochs is -1.*, expected more than 0"),
+    "no accumulation": ({"gradient_accumulation_steps": -2}, "gradient_accumulation_steps is -2, expected 1 or more"),
+    "no batch": (
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 1000},
+        "dataloader_drop_last leaves no batch: the data have [0-9]+ rows, expected at least 1000",
+    ),
     "length": ({"max_length": -1}, "max_length is -1, expected 1 or more"),
     "expression": ({"use_peft": True, "lora_target_modules": "(("}, r"target_modules is '\(\(', expected a regular"),
     "no model": ({"model": "/nowhere/a"}, "/nowhere/a: no such folder"),

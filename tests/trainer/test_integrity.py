@@ -203,7 +203,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, recipe):
 
 def test_a_run_without_a_step_is_an_error(tmp_path, capsys, recipe):
     train = ["train", "--config", recipe, *CPU, "--dataloader_drop_last", "true"]
-    message = last_line(capsys, [*train, "--per_device_train_batch_size", "5"])
+    message = last_line(capsys, [*train, "--per_device_train_batch_size", "5", "--auto_find_batch_size", "true"])
     assert "no step was taken, and nothing learnt" in message
     assert not (tmp_path / "out" / "model.safetensors").exists()
 

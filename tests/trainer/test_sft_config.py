@@ -39,3 +39,10 @@ def test_arguments_can_be_used_again(tmp_path):
         trainer = VWLmmSFTTrainer(str(tmp_path / "model"), args, train_dataset=conversations())
         assert trainer.model.config.pseudo_image_features
     assert args.to_dict() == before
+
+
+def test_a_trainer_without_steps_evaluates_but_does_not_train(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=0)
+    assert trainer.evaluate(conversations())["eval_loss"] > 0
+    with pytest.raises(ValueError, match="max_steps is 0"):
+        trainer.train()
