@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from transformers import AutoProcessor
 
 from ..files import new_folder, reading, remove_code
@@ -26,7 +27,7 @@ def merge(adapter: str | os.PathLike, destination: str | os.PathLike, dtype: str
             one.
 
     Raises:
-        ValueError: the adapter does not fit its base, or adding it changes nothing.
+        ValueError: the adapter does not fit its base, is of a kind that cannot be merged, or changes nothing.
     """
     model = merged_model(adapter, dtype=dtype)
     try:
@@ -55,7 +56,7 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
             `revision` is the adapter's.
 
     Raises:
-        ValueError: the adapter does not fit its base, or adding it changes nothing.
+        ValueError: the adapter does not fit its base, is of a kind that cannot be merged, or changes nothing.
     """
     hub = {key: value for key, value in kwargs.items() if key in FROM_THE_HUB}
     try:
@@ -80,17 +81,22 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
         raise ValueError(f"{name} has changed since {adapter} was trained on it")
     if dtype != "auto":
         base.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    before = _digests(base)
+    kind, before = getattr(found.peft_type, "value", found.peft_type), _digests(base)
     is_tied = base.lm_head.weight is base.get_input_embeddings().weight
     try:
         with reading(adapter), warnings.catch_warnings():
             # PEFT warns of tied weights, which are parted here before anything is added
             warnings.filterwarnings("ignore", message=r"Model (with|has) `tie_word_embeddings=True`")
             model = PeftModel.from_pretrained(base, adapter, **hub)
+            if not hasattr(model.base_model, "merge_and_unload"):  # prompts, which are no weights of the model
+                raise NotImplementedError
             if is_tied:
                 _untie(model)
+            _take_saved_modules(model)
             model = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # a tensor is missing or has another shape
+        if isinstance(error.__cause__, NotImplementedError):
+            raise ValueError(f"{adapter} is of the kind {kind}, which cannot be merged: load it with PEFT") from error
         raise ValueError(f"{adapter} does not fit {name}, its base model: {error}") from error
     if is_tied:
         _tie_if_equal(model)
@@ -102,6 +108,14 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
         if field in run.get("config", {}):
             setattr(model.config, field, run["config"][field])
     return model
+
+
+def _take_saved_modules(model: torch.nn.Module) -> None:
+    """Put modules that trained whole in their places: most kinds of adapters fail on those without a `weight`."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            model.set_submodule(name, merged)
 
 
 def _untie(model: torch.nn.Module) -> None:

@@ -103,9 +103,10 @@ def for_language_model(peft_config: LoraConfig, parts: list[str] | None, model: 
         model: the [`VWLmmForCausalLM`] that gets the adapter.
 
     Raises:
-        ValueError: `parts` leaves the LLM out.
+        ValueError: `parts` leaves the LLM out, or the config is for rows of the LM head.
     """
     peft_config = copy.copy(peft_config)
+    _refuse_rows_of_the_head(peft_config, model)
     if str(getattr(peft_config, "init_lora_weights", "")).startswith("pissa_niter"):
         # The base's weights change by random numbers, which no adapter holds: what is loaded would be another model
         raise ValueError(f'init_lora_weights "{peft_config.init_lora_weights}" cannot be loaded again: use "pissa"')
@@ -128,6 +129,18 @@ def for_language_model(peft_config: LoraConfig, parts: list[str] | None, model: 
         peft_config.modules_to_save = [SAVED_WHOLE[part] for part in parts if part != "language_model"] or None
     keep_within_llm(peft_config, model)
     return peft_config
+
+
+def _refuse_rows_of_the_head(peft_config: Any, model: Any) -> None:
+    """TRL reads the weight of the LM head without calling it, so new rows of it would not be read."""
+    field = "token_indices" if isinstance(peft_config, TrainableTokensConfig) else "trainable_token_indices"
+    rows, embeddings = getattr(peft_config, field, None), model.get_input_embeddings()
+    has_head = isinstance(rows, dict) and any(name.endswith("lm_head") for name in rows)
+    if rows and (has_head or model.lm_head.weight is embeddings.weight):
+        name = next(name for name, module in model.named_modules() if module is embeddings).rpartition(".")[2]
+        whole = 'modules_to_save=["lm_head"]' if has_head else f'modules_to_save=["{name}"], ensure_weight_tying=True'
+        why = "" if has_head else ", whose weight is that of the embeddings"
+        raise ValueError(f"{field} cannot train rows of the lm_head{why}: train all of them, with {whole}")
 
 
 def parts_alone(parts: list[str]) -> LoraConfig:

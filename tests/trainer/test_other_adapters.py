@@ -5,11 +5,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from helpers.adapters import base_folder
+from helpers.adapters import base_folder, logits_of
 from helpers.conversations import conversations
 from helpers.tiny import IMAGE, tiny_batch, without_labels
 from helpers.training import sft_config
 from modeling_vwlmm import VWLmmForCausalLM
+from modeling_vwlmm.conversion.merge import merged_model
 from modeling_vwlmm.trainer import VWLmmSFTTrainer
 
 
@@ -49,6 +50,42 @@ def test_they_train_generate_and_load_again(tmp_path, kind):
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, trainer.model.eval()(**inputs).logits)
     assert len(trainer.model.generate(**inputs, max_new_tokens=2, do_sample=False)[0]) >= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_are_merged_or_refused(tmp_path, kind):
+    trainer = trainer_with(tmp_path, base_folder(tmp_path), KINDS[kind]())
+    with torch.no_grad():  # steps of most kinds are too small to be seen, those of a new one especially
+        for parameter in filter(lambda parameter: parameter.requires_grad, trainer.model.parameters()):
+            parameter += 0.05 * torch.randn_like(parameter)
+    trainer.save_model(tmp_path / "adapter")
+    if kind.startswith("prompt"):
+        with pytest.raises(ValueError, match=r"is of the kind (PROMPT_TUNING|P_TUNING), which cannot be merged"):
+            merged_model(tmp_path / "adapter")
+    else:
+        expected = logits_of(trainer.model)
+        torch.testing.assert_close(logits_of(merged_model(tmp_path / "adapter")), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft.LoraConfig(r=2, trainable_token_indices=[3, 4]), "trainable_token_indices cannot .* the embeddings"),
+        (peft.LoraConfig(r=2, trainable_token_indices={"lm_head": [3]}), r'modules_to_save=\["lm_head"\]'),
+        (peft.TrainableTokensConfig(token_indices=[3, 4]), "^token_indices cannot train rows of the lm_head"),
+    ],
+)
+def test_rows_of_the_head_are_refused(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_with(tmp_path, base_folder(tmp_path, llm="llama-tied"), config)
+
+
+def test_what_is_advised_instead_trains_head_and_embeddings_as_one(tmp_path):
+    config = peft.LoraConfig(r=2, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    trainer = trainer_with(tmp_path, base_folder(tmp_path, llm="llama-tied"), config)
+    trainer.train()
+    base = trainer.model.get_base_model()
+    assert torch.equal(base.lm_head.weight, base.get_input_embeddings().weight)
 
 
 def test_an_adapter_that_cannot_be_loaded_again_is_refused(tmp_path):
