@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
 
 def read_json(path: str | os.PathLike) -> Any:
     """The content of a JSON file; `ValueError` with its name if it is not JSON in UTF-8."""
@@ -87,7 +89,17 @@ def reading(what: str | os.PathLike) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ImportError, MemoryError):
+    except OSError as error:
+        # transformers says that it could not connect, of a folder whose name is mistyped too
+        cause = error.__cause__ or error.__context__
+        if isinstance(error, FileNotFoundError) or isinstance(cause, GatedRepoError):
+            raise
+        if isinstance(cause, (LocalEntryNotFoundError, RepositoryNotFoundError)):
+            raise FileNotFoundError(
+                f"{str(what).rstrip(',')}: no such folder, and no repository that can be reached"
+            ) from error
+        raise
+    except (ImportError, MemoryError):
         raise
     except Exception as error:
         if isinstance(error, ValueError) and str(what) in str(error):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import ROOT
-from helpers.command_line import error_of
+from helpers.command_line import CPU, error_of, recipe_of
 from helpers.conversations import picture
 from modeling_vwlmm.cli import main, shared
 from modeling_vwlmm.cli.main import VERBS
@@ -104,6 +104,19 @@ def test_what_a_library_raises_while_it_reads_a_file_names_the_file():
 
 def throw(error):
     raise error
+
+
+@pytest.mark.parametrize("verb", ["generate", "words", "evaluate", "train"])
+def test_a_mistyped_model_is_no_fault_of_the_connection(tmp_path, capsys, data, verb):
+    image = str(data.parent / "images" / "0.png")
+    options = {
+        "generate": ["my/modle", image, "--prompt", "w5"],
+        "words": ["my/modle", image, "--output", str(tmp_path / "out.png")],
+        "evaluate": ["my/modle", "--dataset", str(data), "--image-folder", str(data.parent / "images")],
+        "train": ["--config", recipe_of(tmp_path, "my/modle", data), *CPU],
+    }
+    message = error_of(capsys, verb, *options[verb])
+    assert "my/modle: no such folder, and no repository that can be reached" in message
 
 
 def test_wrong_calls_do_not_print_the_whole_usage(capsys, model_folder):
