@@ -1,5 +1,6 @@
 """Models and adapters whose weights do not fit are refused, where transformers and PEFT warn at most."""
 
+import copy
 import os
 import re
 from typing import Any, TypeVar
@@ -9,6 +10,8 @@ from .configuration_vwlmm import VWLmmConfig
 
 
 _Model = TypeVar("_Model", bound="VWLmmPreTrainedModel")
+# The losses read the weights of both
+_HEADS = ["lm_head", "vm_head"]
 # PEFT names the adapter in the name of each of its weights
 _ADAPTER_WEIGHT = re.compile(r"\.(?:lora_\w+|modules_to_save)\.(\w+)(?:\.|$)")
 # PEFT puts a module that gets an adapter into another one
@@ -45,7 +48,13 @@ class VWLmmPreTrainedModel(LlavaPreTrainedModel):
 
         Two callers ask for a model that is new in part: one that loads what the model without a head saved, which then
         gets a new head, and one that wants to be told, with `output_loading_info=True`, what is missing or unexpected.
+
+        A bitsandbytes config that names no `llm_int8_skip_modules` leaves both heads as they are.
         """
+        quantization_config = kwargs.get("quantization_config")
+        if getattr(quantization_config, "llm_int8_skip_modules", _HEADS) is None:
+            kwargs["quantization_config"] = copy.copy(quantization_config)
+            kwargs["quantization_config"].llm_int8_skip_modules = list(_HEADS)
         # transformers' own error for a tensor of another shape does not name the checkpoint, so the one below does
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         loaded: Any = super().from_pretrained(

@@ -269,6 +269,20 @@ def test_qlora(tmp_path, bits):
     torch.testing.assert_close(merged.state_dict()[f"{stem}.weight"], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_heads_are_not_quantized_whoever_loads(tmp_path, bits):
+    config = BitsAndBytesConfig(**{bits: True})
+    base = base_folder(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+    assert config.llm_int8_skip_modules is None  # the user's own stays as it is
+    model.save_pretrained(tmp_path / "saved")
+    before = AutoModelForCausalLM.from_pretrained(base)
+    for loaded in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
+        assert loaded.model.language_model.layers[0].self_attn.q_proj.weight.dtype in (torch.uint8, torch.int8)
+        assert torch.equal(loaded.model.vm_head.weight, before.model.vm_head.weight)
+        assert torch.equal(loaded.lm_head.weight, before.lm_head.weight)
+
+
 @pytest.mark.parametrize("stage", ["align", "visual_words"])
 def test_layers_that_are_named_do_not_train_in_a_stage_without_the_llm(tmp_path, stage):
     model = tiny_model()
