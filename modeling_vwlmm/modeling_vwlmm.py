@@ -171,6 +171,13 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
 
         image_features = read = None
         image_outputs = (mm_encoder_outputs or {}).get("image")
+        has_images = image_outputs is not None or pixel_values is not None
+        image_mask = self._image_mask(input_ids, inputs_embeds, has_images)
+        # The embeddings come before the tower, with images or without, for ranks must gather weights in one order
+        if inputs_embeds is None:
+            # The embeddings of placeholders are replaced, if there are images
+            looked_up = input_ids.masked_fill(image_mask, 0) if has_images else input_ids
+            inputs_embeds = self.get_input_embeddings()(looked_up)
         if image_outputs is None and pixel_values is not None:
             image_outputs = self.get_image_features(
                 pixel_values=pixel_values,
@@ -178,11 +185,6 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 return_dict=True,
             )
-        image_mask = self._image_mask(input_ids, inputs_embeds, image_outputs is not None)
-        if inputs_embeds is None:
-            # The embeddings of placeholders are replaced, if there are images
-            looked_up = input_ids if image_outputs is None else input_ids.masked_fill(image_mask, 0)
-            inputs_embeds = self.get_input_embeddings()(looked_up)
         # While decoding, the single token is a generated one and no placeholder
         is_prompt = image_mask is not None and inputs_embeds.shape[1] > 1
         if image_outputs is None and is_prompt and self._needs_image_graph():
