@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
         message = f'vwlmm: no verb "{argv[0]}", there are: {", ".join(VERBS)}' if argv else _overview()
         print(message, file=sys.stderr)
         sys.exit(2)
-    limit_waiting()
     try:
+        limit_waiting()
         check_texts(argv)
         VERBS[argv[0]].main(argv[1:])
     except Exception as error:

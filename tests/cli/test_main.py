@@ -119,6 +119,13 @@ def test_a_mistyped_model_is_no_fault_of_the_connection(tmp_path, capsys, data, 
     assert "my/modle: no such folder, and no repository that can be reached" in message
 
 
+def test_an_interruption_of_the_first_imports_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.set_client_factory", lambda factory: throw(KeyboardInterrupt()))
+    with pytest.raises(SystemExit) as exit_of:
+        main(["words"])
+    assert exit_of.value.code == 130 and capsys.readouterr().err.strip() == "vwlmm words: interrupted"
+
+
 def test_wrong_calls_do_not_print_the_whole_usage(capsys, model_folder):
     assert "invalid int value: 'many'" in error_of(capsys, "words", "a", "b.png", "--json", "--top", "many")
     assert "invalid float value: 'fast'" in error_of(capsys, "train", "--learning_rate", "fast")
