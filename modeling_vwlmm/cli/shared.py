@@ -51,6 +51,7 @@ def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "
     import torch
     from transformers import AutoProcessor
 
+    from ..known_fields import check_fields
     from ..modeling_vwlmm import VWLmmForCausalLM
     from ..weights import read_weights
 
@@ -58,6 +59,7 @@ def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "
     if any(os.path.isfile(os.path.join(folder, f"{name}.index.json")) for name in _SHARDED):
         read_weights(folder)  # refuses an index that names shards outside of the folder, which transformers would read
     folder = existing(folder)
+    check_fields(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with reading(f"the model {folder}"):
         model = VWLmmForCausalLM.from_pretrained(folder)

@@ -25,6 +25,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..configuration_vwlmm import VWLmmConfig
 from ..files import check_whole, new_folder, read_json_object, reading, remove_code
+from ..known_fields import check_fields
 from ..modeling_vwlmm import VWLmmForCausalLM, VWLmmMultiModalProjector
 from ..training_run import write_training_run
 from ..weights import StoredTensor, check_weights, stored, write_weights
@@ -87,6 +88,7 @@ def open_checkpoint(source: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected the folder of a checkpoint")
     check_tokenizer_files(folder)
+    check_fields(folder)
     return folder, read_json_object(path)
 
 

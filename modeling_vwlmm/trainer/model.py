@@ -15,6 +15,7 @@ from ..conversion.merge import merged_model
 from ..data.load import columns_of
 from ..data.reading import background_tokens, frequent_tokens
 from ..files import reading
+from ..known_fields import check_fields
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..stages import STAGES, missing_stage, stages_of, train_only, trained_parts
 from ..training_run import FROM_THE_HUB
@@ -49,6 +50,7 @@ def load_model(
         model = merged_model(name, **{"dtype": "float32", **model_init_kwargs})
         model.config.name_or_path = name
         return model
+    check_fields(name)
     with reading(f"the model {name}"):
         model = create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
     if args.deepspeed_plugin is not None:

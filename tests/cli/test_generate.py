@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from safetensors.torch import load_file
 
 from helpers.command_line import error_of
@@ -37,3 +38,32 @@ def test_shards_outside_of_the_folder_are_not_read(tmp_path, capsys, model_folde
     (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
     message = error_of(capsys, "generate", str(model_folder), str(tmp_path / "a.png"), "--prompt", "w5")
     assert "../weights.safetensors: no such shard" in message
+
+
+@pytest.mark.parametrize(
+    "file, field, value, expected",
+    [
+        ("config.json", "vision_config.image_size", "[1]", "a whole number, a list or a mapping of them"),
+        ("config.json", "text_config.rope_parameters.rope_type", [], "a text"),
+        ("config.json", "model_type", [], "a text"),
+        ("config.json", "dtype", "none9", "the name of a floating-point dtype of torch"),
+        ("config.json", "dtype", 7, "the name of a floating-point dtype of torch"),
+        ("processor_config.json", "patch_size", "x", "a whole number, a list or a mapping of them"),
+        ("processor_config.json", "num_additional_image_tokens", "q", "a whole number"),
+        ("processor_config.json", "image_processor.image_mean", "x", "a number or a list of them"),
+        ("processor_config.json", "image_processor.image_processor_type", 0, "a text"),
+        ("tokenizer_config.json", "tokenizer_class", 2, "a text"),
+        ("generation_config.json", "max_new_tokens", "x", "a whole number"),
+    ],
+)
+def test_fields_of_wrong_types_are_named_with_their_file(tmp_path, capsys, model_folder, file, field, value, expected):
+    path = model_folder / file
+    content = fields = json.loads(path.read_text()) if path.exists() else {}
+    *parents, name = field.split(".")
+    for parent in parents:
+        fields = fields.setdefault(parent, {})
+    fields[name] = value
+    path.write_text(json.dumps(content))
+    picture(0).save(tmp_path / "a.png")
+    message = error_of(capsys, "generate", str(model_folder), str(tmp_path / "a.png"), "--prompt", "w5")
+    assert message == f"vwlmm generate: {path}: {field} is {json.dumps(value)}, expected {expected}"
