@@ -14,7 +14,7 @@ from PIL import Image
 RECIPES = Path(__file__).parent.parent / "recipes" / "photos"
 
 
-SCRIPTS = ("measure", "parts", "run", "stamps", "tower")
+SCRIPTS = ("emoji", "measure", "parts", "run", "stamps", "tower")
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +133,33 @@ def test_the_tower_computes_what_the_reference_does():
         expected = reference.extract_features(pixel_values)
         found = make_tower(torch.load(path, weights_only=True), 160)(pixel_values).last_hidden_state
     assert torch.equal(found, expected)
+
+
+def test_emoji_of_four_styles_that_share_a_name(tmp_path):
+    from emoji import PACKAGES, things
+
+    folders = {style: tmp_path / style for style in PACKAGES}
+    places = {"openmoji": "color/svg/1F34E.svg", "fluent": "icons/modern/red-apple.svg"}
+    places |= {"noto": "img/google/64/1f34e.png", "twemoji": "img/twitter/64/1f34e-fe0f.png"}
+    for style, place in places.items():
+        (folders[style] / place).parent.mkdir(parents=True)
+        (folders[style] / place).touch()
+    known = {"hexcode": "1F34E", "annotation": "red apple", "group": "food-drink", "subgroups": "food-fruit"}
+    other = {**known, "hexcode": "1F34F", "annotation": "green apple"}  # which no style has
+    (folders["openmoji"] / "data").mkdir()
+    data = json.dumps([{**emoji, "skintone": ""} for emoji in (known, other)])
+    (folders["openmoji"] / "data/openmoji.json").write_text(data)
+    files = {style: folders[style] / place for style, place in places.items()}
+    assert things(folders) == [{"name": "red apple", "kind": "food", "files": files}]
+
+
+def test_own_held_out_data(tmp_path):
+    from run import split_own
+
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    for name, count in (("train", 9), ("test", 2)):
+        records = [{"image": f"{name}{i}.png", "conversations": turns} for i in range(count)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    assert split_own(str(tmp_path / "train.json"), tmp_path / "data", str(tmp_path / "test.json")) == (9, 2)
+    found = json.loads((tmp_path / "data/held_out.json").read_text())
+    assert [record["image"] for record in found] == ["test0.png", "test1.png"]
