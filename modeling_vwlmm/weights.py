@@ -75,6 +75,16 @@ def read_weights(folder: str | os.PathLike) -> dict[str, StoredTensor]:
     )
 
 
+def check_shards(folder: str | os.PathLike) -> None:
+    """Refuse a folder whose index names shards outside of it, which transformers would read, or that are missing.
+
+    Args:
+        folder: of a model. What is no folder is the name of a repository, which is not looked at.
+    """
+    if any((Path(folder) / name).is_file() for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)):
+        read_weights(folder)
+
+
 def _read_shards(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     try:
         weight_map = read_json(index)["weight_map"]

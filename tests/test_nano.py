@@ -11,7 +11,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from helpers import ROOT
+from helpers import CODE, ROOT
 from helpers.cards import metadata_of, strange_figures
 from modeling_vwlmm.data import easy_vqa
 from modeling_vwlmm.hub.push import prepare
@@ -24,17 +24,6 @@ from measure import accuracy, naming_share  # noqa: E402
 
 
 NANO = ROOT / "hub_card" / "vwlmm-nano"
-CODE = {
-    f"{name}.py"
-    for name in (
-        "compatibility",
-        "configuration_vwlmm",
-        "image_token",
-        "modeling_vwlmm",
-        "strict_loading",
-        "visual_word_loss",
-    )
-}
 PICTURES = {"assets/losses.png", "assets/visual_words.png"}
 
 

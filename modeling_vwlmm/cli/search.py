@@ -21,10 +21,19 @@ def main(argv: list[str]) -> None:
     if arguments.top < 1:
         parser.error(f"--top is {arguments.top}, expected 1 or more")
 
+    import os
+
+    from ..files import replacing
     from ..looking.search import draw_results, load_index, search
 
-    results = search(load_index(arguments.index), arguments.text, arguments.top)
+    index = load_index(arguments.index)
+    if arguments.output and os.path.exists(arguments.output):
+        for path in index.paths:
+            if os.path.exists(path) and os.path.samefile(path, arguments.output):
+                parser.error(f"--output {arguments.output} is the image {path}, which it would replace")
+    results = search(index, arguments.text, arguments.top)
     for path, score in results:
         print(f"{score:8.4f}  {path}")
     if arguments.output:
-        draw_results(results).save(arguments.output)
+        with replacing(arguments.output) as beside:
+            draw_results(results).save(beside)

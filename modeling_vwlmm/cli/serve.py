@@ -117,6 +117,8 @@ def checked_request(content: bytes, image_folder: Path | None = None) -> dict[st
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the request is not JSON: {error}") from error
     messages = body.get("messages") if isinstance(body, dict) else None
+    if isinstance(body, dict) and "chat_template" in (body.get("chat_template_kwargs") or {}):
+        raise ValueError("chat_template_kwargs: found a chat_template, expected variables of the model's own")
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages: found {describe(messages)}, expected a list of messages")
     for i, message in enumerate(messages):

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ..modeling_vwlmm import VWLmmForCausalLM
 
 
-_SHARDED = ("model.safetensors", "pytorch_model.bin")
 WAIT = 30.0  # seconds for the Hub to answer
 
 
@@ -53,12 +52,11 @@ def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "
 
     from ..known_fields import check_fields
     from ..modeling_vwlmm import VWLmmForCausalLM
-    from ..weights import read_weights
+    from ..weights import check_shards
 
     quiet()
-    if any(os.path.isfile(os.path.join(folder, f"{name}.index.json")) for name in _SHARDED):
-        read_weights(folder)  # refuses an index that names shards outside of the folder, which transformers would read
     folder = existing(folder)
+    check_shards(folder)
     check_fields(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with reading(f"the model {folder}"):

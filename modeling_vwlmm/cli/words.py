@@ -36,11 +36,10 @@ def main(argv: list[str]) -> None:
     if not (arguments.output or arguments.json):
         parser.error("nothing to do: give --output FILE.png, --json or both")
 
-    from ..files import replacing
-
     if arguments.heatmap and (arguments.json or arguments.relative):
         parser.error("--heatmap draws a picture of its own: --json and --relative are not for it")
 
+    from ..files import replacing
     from ..words import draw_words, most_frequent_word, top_words
 
     if arguments.output and os.path.exists(arguments.output):
@@ -53,7 +52,8 @@ def main(argv: list[str]) -> None:
         from ..looking.heatmaps import draw_heatmaps, word_probabilities
 
         probabilities = word_probabilities(model, processor, images, arguments.heatmap)
-        draw_heatmaps(processor, images, arguments.heatmap, probabilities).save(arguments.output)
+        with replacing(arguments.output) as beside:
+            draw_heatmaps(processor, images, arguments.heatmap, probabilities).save(beside)
         return
     found = top_words(model, processor, images, k=arguments.top, relative=arguments.relative)
     word, share = most_frequent_word(found)

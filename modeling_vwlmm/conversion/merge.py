@@ -15,6 +15,8 @@ from transformers import AutoProcessor
 from ..files import new_folder, reading, remove_code
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..training_run import FROM_THE_HUB, TRAINED_WITH, fingerprint, read_training_run, write_training_run
+from ..weights import check_shards
+from .checkpoint import read_processor
 
 
 def merge(adapter: str | os.PathLike, destination: str | os.PathLike, dtype: str | torch.dtype = "auto") -> None:
@@ -30,12 +32,7 @@ def merge(adapter: str | os.PathLike, destination: str | os.PathLike, dtype: str
         ValueError: the adapter does not fit its base, is of a kind that cannot be merged, or changes nothing.
     """
     model = merged_model(adapter, dtype=dtype)
-    try:
-        with reading(f"the processor of {adapter}"):
-            processor = AutoProcessor.from_pretrained(adapter, trust_remote_code=False)
-    except (OSError, ValueError):  # it has none, as PEFT saves it by itself
-        with reading(f"the processor of {model.config.name_or_path}"):
-            processor = AutoProcessor.from_pretrained(model.config.name_or_path, trust_remote_code=False)
+    processor = _processor_of(adapter, model.config.name_or_path)
     with new_folder(destination) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -45,6 +42,16 @@ def merge(adapter: str | os.PathLike, destination: str | os.PathLike, dtype: str
             if (Path(adapter) / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(Path(adapter) / name, folder / name)
+
+
+def _processor_of(adapter: str | os.PathLike, base: str) -> Any:
+    """The processor of an adapter, or that of its base where it has none, as PEFT saves it by itself."""
+    if os.path.isdir(adapter):
+        return read_processor(Path(adapter)) or AutoProcessor.from_pretrained(base, trust_remote_code=False)
+    try:
+        return AutoProcessor.from_pretrained(adapter, trust_remote_code=False)
+    except (OSError, ValueError):
+        return AutoProcessor.from_pretrained(base, trust_remote_code=False)
 
 
 def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
@@ -70,6 +77,7 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
     dtype = kwargs.pop("dtype", "auto")
     kwargs["revision"] = found.revision  # of the base, as the adapter names it
     try:
+        check_shards(name)
         with reading(f"{name}, the base model of {adapter},"):
             base = VWLmmForCausalLM.from_pretrained(name, dtype="auto", **kwargs)
     except OSError as error:
@@ -87,17 +95,16 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
         with reading(adapter), warnings.catch_warnings():
             # PEFT warns of tied weights, which are parted here before anything is added
             warnings.filterwarnings("ignore", message=r"Model (with|has) `tie_word_embeddings=True`")
-            model = PeftModel.from_pretrained(base, adapter, **hub)
-            if not hasattr(model.base_model, "merge_and_unload"):  # prompts, which are no weights of the model
-                raise NotImplementedError
-            if is_tied:
-                _untie(model)
-            _take_saved_modules(model)
-            model = model.merge_and_unload(safe_merge=True)
+            model: Any = PeftModel.from_pretrained(base, adapter, **hub)
+            if merges := hasattr(model.base_model, "merge_and_unload"):
+                if is_tied:
+                    _untie(model)
+                _take_saved_modules(model)
+                model = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # a tensor is missing or has another shape
-        if isinstance(error.__cause__, NotImplementedError):
-            raise ValueError(f"{adapter} is of the kind {kind}, which cannot be merged: load it with PEFT") from error
         raise ValueError(f"{adapter} does not fit {name}, its base model: {error}") from error
+    if not merges:  # prompts, which are no weights of the model
+        raise ValueError(f"{adapter} is of the kind {kind}, which cannot be merged: load it with PEFT")
     if is_tied:
         _tie_if_equal(model)
     if _digests(model) == before:

@@ -8,11 +8,11 @@ import xxhash
 from datasets import Dataset, Image, List
 
 
-SAMPLED = 256  # rows, evenly spaced, whose images are read
+SAMPLED = 256  # rows at most, evenly spaced, whose images are read
 
 
 def data_fingerprint(dataset: Any) -> dict[str, Any] | None:
-    """Hashes of a data set: of all that is no image, and of the images of 256 rows, whatever their paths.
+    """Hashes of a data set: of all that is no image, and of the images of up to 256 rows, whatever their paths.
 
     Returns:
         `{"rows", "values", "images": {row: hash}}`, or None for a stream, which cannot be read twice.
@@ -25,11 +25,11 @@ def data_fingerprint(dataset: Any) -> dict[str, Any] | None:
     for table in arrow.remove_columns(pictures).iter(batch_size=1000):
         for batch in table.combine_chunks().to_batches():
             values.update(pa.RecordBatch.from_arrays(batch.columns, names=batch.schema.names).serialize())
-    step = max(1, len(dataset) // SAMPLED)
     images = {}
-    for row in range(0, len(dataset), step) if pictures else ():
-        found = arrow.select_columns(pictures)[row].to_pylist()[0]
-        images[str(row)] = _hash_of_images(found.values())
+    if pictures:
+        arrow = arrow.select_columns(pictures)
+        for row in range(0, len(dataset), -(-len(dataset) // SAMPLED)):
+            images[str(row)] = _hash_of_images(arrow[row].to_pylist()[0].values())
     return {"rows": len(dataset), "values": values.hexdigest(), "images": images}
 
 

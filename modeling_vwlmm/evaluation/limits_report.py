@@ -54,7 +54,7 @@ def measure_images(
         nonlocal total, patches
         pixel_values = processor.image_processor(batch, return_tensors="pt")["pixel_values"]
         pixel_values = pixel_values.to(model.device, model.dtype)
-        features = model.model.get_image_features(pixel_values, return_dict=True).pooler_output
+        features = model.model.project_images(pixel_values).image_hidden_states
         pseudo = model.model.pseudo_image_features(features)
         words = model.model.visual_words(features)
         kept = min(KEPT, words.shape[-1])

@@ -19,6 +19,8 @@ from ..known_fields import check_fields
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..stages import STAGES, missing_stage, stages_of, train_only, trained_parts
 from ..training_run import FROM_THE_HUB
+from ..visual_word_loss import embedding_rows
+from ..weights import check_shards
 from .lora import for_language_model, parts_alone, skip_small_parts
 from .sft_config import VWLmmSFTConfig
 
@@ -50,6 +52,7 @@ def load_model(
         model = merged_model(name, **{"dtype": "float32", **model_init_kwargs})
         model.config.name_or_path = name
         return model
+    check_shards(name)
     check_fields(name)
     with reading(f"the model {name}"):
         model = create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
@@ -164,15 +167,16 @@ def start_projector(model: VWLmmForCausalLM | PeftModel, args: VWLmmSFTConfig, p
     trainable = args.trainable or STAGES.get(args.stage or "", {}).get("trainable", [])
     if is_peft_model(model) or "projector" not in trainable:
         raise ValueError("projector_from_words starts the projector anew, which has to be among the trainable parts")
-    projector, embeddings = model.model.multi_modal_projector, model.get_input_embeddings().weight
+    projector, text_config = model.model.multi_modal_projector, model.config.text_config
     bias = getattr(getattr(projector, "linear_2", None), "bias", None)
-    if bias is None or bias.shape != embeddings.shape[1:]:
+    if bias is None or bias.shape != (text_config.hidden_size,):
         raise ValueError("projector_from_words is for a projector of two layers with biases whose weights are at hand")
     if isinstance(dataset, IterableDataset) or "messages" not in columns_of(dataset):
         raise ValueError("projector_from_words counts the words of `messages`, and cannot count those of a stream")
     tokenizer = processor.tokenizer
     words = (row["messages"] for row in dataset.select_columns("messages"))
     tokens = frequent_tokens(words, tokenizer)[: projector.linear_2.in_features]
+    embeddings = embedding_rows(model.get_input_embeddings(), text_config.vocab_size, bias.device)
     start = embeddings[background_tokens(tokenizer)].mean(0)
     projector.linear_1.weight.mul_(0.1)  # otherwise many words at once would be louder than the background
     bias.copy_(start)

@@ -189,7 +189,6 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             self.args.hub_token = token
         if self.args.should_save:
             remove_code(output_dir or self.args.output_dir)
-        if self.args.should_save:
             write_training_run(output_dir or self.args.output_dir, self.stages)
 
     def create_model_card(self, *args, **kwargs):

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from helpers.command_line import error_of
+from helpers.command_line import CPU, error_of
 from helpers.conversations import picture, tiny_processor
 from modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.cli import main
@@ -30,14 +31,31 @@ def test_generate_prints_what_the_model_generates(tmp_path, capsys, model_folder
     assert capsys.readouterr().out.split() == processor.tokenizer.decode(expected, skip_special_tokens=True).split()
 
 
-def test_shards_outside_of_the_folder_are_not_read(tmp_path, capsys, model_folder):
+def test_shards_outside_of_the_folder_are_not_read(tmp_path, capsys, model_folder, data):
+    adapter = tmp_path / "adapter"
+    get_peft_model(
+        VWLmmForCausalLM.from_pretrained(model_folder), LoraConfig(target_modules=["q_proj"])
+    ).save_pretrained(adapter)
     picture(0).save(tmp_path / "a.png")
     (model_folder / "model.safetensors").rename(tmp_path / "weights.safetensors")
     names = load_file(tmp_path / "weights.safetensors").keys()
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../weights.safetensors")}
     (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    message = error_of(capsys, "generate", str(model_folder), str(tmp_path / "a.png"), "--prompt", "w5")
-    assert "../weights.safetensors: no such shard" in message
+    train = [
+        "train",
+        "--model",
+        str(model_folder),
+        "--dataset",
+        str(data),
+        "--image_folder",
+        str(data.parent / "images"),
+    ]
+    for call in (
+        ["generate", str(model_folder), str(tmp_path / "a.png"), "--prompt", "w5"],
+        [*train, "--output_dir", str(tmp_path / "out"), *CPU],
+        ["merge", str(adapter), str(tmp_path / "merged")],
+    ):
+        assert "../weights.safetensors: no such shard" in error_of(capsys, *call), call[0]
 
 
 @pytest.mark.parametrize(

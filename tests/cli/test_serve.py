@@ -110,6 +110,8 @@ def test_a_bad_request_is_an_error(client):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "w20"}])
     with pytest.raises(openai.BadRequestError):
         ask(client, temperature="hot")
+    with pytest.raises(openai.BadRequestError, match="found a chat_template"):  # which may never end
+        ask(client, extra_body={"chat_template_kwargs": {"chat_template": "{{ bos_token }}"}})
     with pytest.raises(openai.APIStatusError) as error:
         client.post("/chat/completions", cast_to=object, content=b"{")
     assert error.value.status_code == 400

@@ -12,6 +12,7 @@ from helpers.conversations import picture
 from helpers.tiny import LLMS, tiny_batch
 from modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.cli import main
+from modeling_vwlmm.conversion.merge import merge
 from modeling_vwlmm.hub.card import write_card
 
 
@@ -107,3 +108,15 @@ def test_a_merged_model_keeps_the_losses_of_its_last_stage(tmp_path):
     write_card(tmp_path / "merged")
     losses = json.loads((tmp_path / "merged" / "assets" / "losses.json").read_text())
     assert losses[-1]["step"] == [1, 2]
+
+
+def test_a_damaged_processor_of_an_adapter_is_not_replaced_by_another(tmp_path):
+    train(tmp_path)
+    (tmp_path / "adapter/processor_config.json").write_text("{")
+    with pytest.raises((OSError, ValueError), match="adapter/processor_config.json"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    for name in ("processor_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
+        (tmp_path / "adapter" / name).unlink()
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert AutoProcessor.from_pretrained(tmp_path / "merged").tokenizer

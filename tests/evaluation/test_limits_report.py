@@ -27,14 +27,18 @@ def pictures(questions):
     return [open_images(question.row())[0] for question in questions if question.images]
 
 
-def test_images_are_measured_as_the_model_computes_them(pair, questions):
+@pytest.mark.parametrize("pseudo", [False, True])
+def test_images_are_measured_as_the_model_computes_them(pair, questions, pseudo, monkeypatch):
     model, processor = pair
+    # What such a model reads is f', but what is measured are the visual words of f, as of any other
+    monkeypatch.setattr(model.config, "pseudo_image_features", pseudo)
     images = pictures(questions)
     found = measure_images(model, processor, iter(images), batch_size=2)
     pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         words = model.visual_words(pixel_values).double()
-        f = model.model.get_image_features(pixel_values, return_dict=True).pooler_output.double()
+        tower = model.model.vision_tower(pixel_values, output_hidden_states=True)
+        f = model.model.multi_modal_projector(tower.hidden_states[-2][:, 1:]).double()
     embeddings = model.get_input_embeddings().weight[: words.shape[-1]].detach().double()
     pseudo = words @ embeddings
     assert found.relative_error == pytest.approx(((pseudo - f).norm(dim=-1) / f.norm(dim=-1)).numpy(), rel=1e-4)

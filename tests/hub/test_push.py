@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from helpers import CODE
 from helpers.adapters import logits_of
 from helpers.conversations import picture, tiny_processor
 from helpers.hub_server import TOKEN, environment, local_hub
@@ -22,17 +23,6 @@ from modeling_vwlmm.hub import load_check
 
 
 HOST = "anns-desktop"
-CODE = {
-    f"{name}.py"
-    for name in (
-        "compatibility",
-        "configuration_vwlmm",
-        "image_token",
-        "modeling_vwlmm",
-        "strict_loading",
-        "visual_word_loss",
-    )
-}
 PROCESSOR = {"chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 
 

@@ -66,6 +66,10 @@ def test_index_and_search_from_the_command_line(folder, tmp_path, model_folder, 
     assert "4 images in" in printed.out and "1 skipped" in printed.out and "broken.jpg" in printed.err
     main(["search", index, "w20 w21", "--top", "3", "--output", str(tmp_path / "found.png")])
     assert len(capsys.readouterr().out.splitlines()) == 3 and (tmp_path / "found.png").stat().st_size > 0
+    image = next(folder.glob("*.png"))
+    before = image.read_bytes()
+    assert "which it would replace" in error_of(capsys, "search", index, "w20", "--output", str(image))
+    assert image.read_bytes() == before
     assert 'no single word "w2000", near it are' in error_of(capsys, "search", index, "w2000")
     other = np.zeros((3, 99), dtype=np.float32)
     sparse.save_npz(f"{index}/vectors.npz", sparse.csr_array(other))
