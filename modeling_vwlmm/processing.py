@@ -1,9 +1,12 @@
 """Processors for VW-LMM models, which are LLaVA's own, set up from the model's config."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from transformers import LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
+from PIL.Image import Image
+from transformers import BatchFeature, LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
 
 from .configuration_vwlmm import VWLmmConfig
 
@@ -102,6 +105,21 @@ def patch_grid(processor: LlavaProcessor, patches: int) -> tuple[int, int]:
     if rows * columns != patches:
         raise ValueError(f"{patches} patches are no grid over an image of {size.width} x {size.height} pixels")
     return rows, columns
+
+
+def question_about(processor: LlavaProcessor, images: Sequence[Image], text: str) -> BatchFeature:
+    """Images and a question about them as a model reads them, in its chat template if it has one."""
+    inputs: Any
+    if processor.chat_template is None:
+        rendered = "".join(f"{processor.image_token}\n" for _ in images) + text
+        inputs = processor(images=list(images), text=rendered, return_tensors="pt")
+        return inputs
+    content: list[Any] = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+    message: Any = {"role": "user", "content": content}
+    inputs = processor.apply_chat_template(
+        [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return inputs
 
 
 def read_chat_template(name: str) -> str:

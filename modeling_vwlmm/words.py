@@ -1,22 +1,32 @@
 """Visual words as pictures or numbers."""
 
 import collections
-import functools
+import itertools
 import math
-from collections.abc import Sequence
-from pathlib import Path
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from transformers import LlavaProcessor, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from .drawing import Fonts, canvas, fonts_for, paste
 from .modeling_vwlmm import VWLmmForCausalLM
 from .processing import patch_grid
 
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
 Words = list[list[list[tuple[str, float]]]]
 SIGNS = {"\n": "⏎", "\r": "⏎", "\t": "⇥", " ": "␣"}
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of tokenizers that cut texts into bytes
+# In pixels. At 576 patches, an image is drawn large enough for words of about eight letters
+CELL, SIZE, SMALLEST = 44, 384, 8
 
 
 def top_words(
@@ -63,12 +73,19 @@ def top_words(
 
 
 def readable(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token as text that can be seen: a line break is ⏎, a token of blanks ␣, one without text its own name."""
-    text = tokenizer.decode([token_id])
-    if text.strip():
-        return text.strip()
-    signs = "".join(SIGNS.get(character, "␣") for character in text)
-    return signs or str(tokenizer.convert_ids_to_tokens(token_id))
+    """A token as text that can be seen.
+
+    A line break is ⏎, a token of blanks ␣, an accent alone stands on ◌, a character that nothing shows is its code
+    point, a part of a character its bytes, as in \\xe7, and a token without any text its own name.
+    """
+    text, name = tokenizer.decode([token_id]), str(tokenizer.convert_ids_to_tokens(token_id))
+    if "\ufffd" in text and text != name:
+        is_bytes = all(character in _BYTES for character in name)
+        text = bytes(_BYTES[c] for c in name).decode("utf-8", "backslashreplace") if is_bytes else name
+    text = text.strip() or "".join(SIGNS.get(character, "␣") for character in text) or name
+    if unicodedata.combining(text[:1] or " "):
+        text = f"◌{text}"
+    return "".join(c if c.isprintable() else SIGNS.get(c, f"<U+{ord(c):04X}>") for c in text)
 
 
 def most_frequent_word(words: Words) -> tuple[str, float]:
@@ -91,80 +108,85 @@ def draw_words(
     images: Sequence[Image.Image],
     words: Words,
     captions: Sequence[str] | None = None,
-    size: int = 384,
-    columns: int = 2,
-) -> Image.Image:
-    """A picture of images, each beside itself with the first word of every patch laid over it.
+    size: int | None = None,
+    columns: int | None = None,
+) -> "Figure":
+    """A figure of images, each beside itself with the first word of every patch laid over it.
 
-    The more probable a word, the darker it is.
+    Neighbours in a row that have the same word are one field, which has it once. The more probable a word, the darker
+    it is. A word that does not fit its field is cut, with an ellipsis.
 
     Args:
         processor: the model's.
         images: the images that `words` belong to.
         words: what [`top_words`] returned for them.
         captions: a line to write under each.
-        size: side of an image in the picture, in pixels.
-        columns: images a row.
+        size: the longer side of an image in the figure, in pixels. By default large enough for its words.
+        columns: images a row, by default two, or one where they are large.
+
+    Returns:
+        `matplotlib.figure.Figure`: `figure.savefig("words.png")` writes it, or `.pdf`, `.svg`.
 
     Raises:
         ValueError: the patches of an image are no grid.
     """
-    margin = size // 16
-    line = size // 12 if captions else 0
-    width, height = 2 * size + 3 * margin, size + margin + line
-    columns = min(columns, len(images))
-    picture = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height + margin), "white")
-    draw = ImageDraw.Draw(picture)
-    for index, (image, patches) in enumerate(zip(images, words, strict=True)):
+    grids = [patch_grid(processor, len(patches)) for patches in words]
+    size = size or max([SIZE, *(CELL * max(grid) for grid in grids)])
+    columns = min(columns or (2 if size < 2 * SIZE else 1), len(images))
+    crop = processor.image_processor.crop_size
+    own_width, own_height = (round(size * side / max(crop.width, crop.height)) for side in (crop.width, crop.height))
+    margin = SIZE // 16
+    line = 2 * margin if captions else 0
+    width, height = 2 * own_width + 3 * margin, own_height + margin + line
+    figure, axes = canvas(columns * width, math.ceil(len(images) / columns) * height + margin)
+    fonts = fonts_for([*(patch[0][0] for patches in words for patch in patches), *(captions or []), "…"])
+    for index, (image, patches, grid) in enumerate(zip(images, words, grids, strict=True)):
         left, top = index % columns * width + margin, index // columns * height + margin
         seen = seen_image(processor, image)
-        grid = patch_grid(processor, len(patches))
-        seen = seen.resize((size, size), Image.Resampling.NEAREST)
-        picture.paste(seen, (left, top))
-        picture.paste(_overlay(seen, patches, *grid), (left + size + margin // 2, top))
+        paste(axes, seen, left, top, own_width, own_height)
+        beside = left + own_width + margin // 2
+        paste(axes, seen, beside, top, own_width, own_height)
+        paste(axes, np.full((1, 1, 4), (1, 1, 1, 0.55)), beside, top, own_width, own_height)  # a veil
+        cell = own_width / grid[1], own_height / grid[0]
+        faint: dict[str, Any] = {"color": "black", "alpha": 0.06, "linewidth": 0.5}
+        axes.vlines([beside + i * cell[0] for i in range(grid[1])], top, top + own_height, **faint)
+        axes.hlines([top + i * cell[1] for i in range(grid[0])], beside, beside + own_width, **faint)
+        for row, column, length, word, probability in _runs(patches, grid[1]):
+            x, y = beside + column * cell[0], top + row * cell[1]
+            _draw_field(axes, fonts, (x, y, length * cell[0], cell[1]), word, probability)
         if captions:
-            caption = drawable(captions[index])
-            draw.text((left, top + size + line // 4), caption, fill="black", font=caption_font(line * 0.5))
-    return picture
+            caption = fonts.drawable(captions[index])
+            fonts.write(axes, left, top + own_height + line / 2, caption, margin * 2 / 3, va="center")
+    return figure
 
 
-def _overlay(image, patches, rows, columns):
-    image = image.convert("RGBA")
-    layer = Image.new("RGBA", image.size)
-    draw = ImageDraw.Draw(layer)
-    width, height = image.width / columns, image.height / rows
-    for index, patch in enumerate(patches):
-        word, probability = drawable(patch[0][0]), patch[0][1]
-        x, y = index % columns * width, index // columns * height
-        draw.rectangle((x, y, x + width, y + height), fill=(255, 255, 255, 120), outline=(0, 0, 0, 40))
-        font = caption_font(_font_size(word, min(width, height)))
-        shade = 70 + round(185 * probability)
-        draw.text((x + width / 2, y + height / 2), word, fill=(0, 0, 0, shade), font=font, anchor="mm")
-    return Image.alpha_composite(image, layer).convert("RGB")
+def _runs(patches: Sequence[Sequence[tuple[str, float]]], columns: int) -> Iterator[tuple[int, int, int, str, float]]:
+    """Neighbours in a row whose first words are equal: row, first column, how many, word, mean probability."""
+    for row in range(len(patches) // columns):
+        column = 0
+        firsts = (patch[0] for patch in patches[row * columns : (row + 1) * columns])
+        for word, run in itertools.groupby(firsts, key=lambda first: first[0]):
+            probabilities = [probability for _, probability in run]
+            yield row, column, len(probabilities), word, sum(probabilities) / len(probabilities)
+            column += len(probabilities)
 
 
-@functools.cache
-def _font_file():
-    import matplotlib  # half a second, and it brings a font for most alphabets
+def _draw_field(axes, fonts: Fonts, field: tuple[float, float, float, float], word: str, probability: float) -> None:
+    from matplotlib.patches import Rectangle
 
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return path, matplotlib.ft2font.FT2Font(str(path)).get_charmap()
-
-
-def drawable(word: str) -> str:
-    """The word with the code point of every character that the font lacks, which would all be the same box."""
-    _, characters = _font_file()
-    return "".join(c if ord(c) in characters else f"[{ord(c):x}]" for c in word)
-
-
-@functools.cache
-def caption_font(size: float) -> ImageFont.FreeTypeFont:
-    """The font of pictures, which brings most alphabets, in pixels."""
-    return ImageFont.truetype(_font_file()[0], size)
-
-
-def _font_size(word, cell):
-    """The largest size at which the word fits its cell, so that it can be read."""
-    reference = 100
-    width = caption_font(reference).getlength(word or " ")
-    return max(4.0, min(cell * 0.26, 0.85 * cell * reference / width))
+    x, y, width, height = field
+    axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="black", alpha=0.2, linewidth=0.5))
+    word, room = fonts.drawable(word), 0.9 * width
+    while (fit := room / max(fonts.width(word), 1e-9)) < SMALLEST and len(word) > 2:
+        word = f"{word.removesuffix('…')[:-1]}…"
+    fonts.write(
+        axes,
+        x + width / 2,
+        y + height / 2,
+        word,
+        min(fit, max(14, 0.26 * height), 0.6 * height),
+        ha="center",
+        va="center_baseline",
+        color="black",
+        alpha=0.35 + 0.65 * probability,
+    )

@@ -50,6 +50,7 @@ NAMES = {
     "transformers.utils.SAFE_WEIGHTS_NAME": "the name of a file",
     "transformers.utils.WEIGHTS_INDEX_NAME": "the name of a file",
     "transformers.utils.WEIGHTS_NAME": "the name of a file",
+    "transformers.convert_slow_tokenizer.bytes_to_unicode": "tokens that are no whole characters are shown as bytes",
     # transformers: the server
     "transformers.cli.serving.chat_completion.ChatCompletionHandler": "answers requests of OpenAI's chat API",
     "transformers.cli.serving.model_manager.ModelManager": "hands it the one model",

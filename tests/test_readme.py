@@ -70,11 +70,12 @@ def test_the_first_example_needs_nothing_but_the_checkout(monkeypatch, capsys):
 
 
 def test_python_examples_run(local, capsys):
-    _, use, ask, train = PYTHON
+    _, use, ask, look, train = PYTHON
     variables = {}
-    exec(local(use + ask), variables)
+    exec(local(use + ask + look), variables)
     patches = variables["model"].config.image_seq_length
     assert variables["words"].shape == (1, patches, 99) and isinstance(variables["answer"], str)
+    assert Path("words.png").stat().st_size > 0
     exec(local(train), variables)
     assert variables["trainer"].state.global_step == 1
 

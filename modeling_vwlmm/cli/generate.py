@@ -24,16 +24,11 @@ def main(argv: list[str]) -> None:
 
     from transformers import TextStreamer
 
+    from ..processing import question_about
+
     images = open_pictures(arguments.images)
     model, processor = load(arguments.model)
-    content = [{"type": "image", "image": image} for image in images]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": [*content, {"type": "text", "text": arguments.prompt}]}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = question_about(processor, images, arguments.prompt)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(
         **inputs.to(model.device, model.dtype),

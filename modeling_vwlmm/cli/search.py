@@ -1,6 +1,7 @@
 """`vwlmm search`: finds images by words."""
 
 from .errors import Parser
+from .shared import check_picture, save_picture
 
 
 SUMMARY = "find the images of an index by words"
@@ -21,19 +22,12 @@ def main(argv: list[str]) -> None:
     if arguments.top < 1:
         parser.error(f"--top is {arguments.top}, expected 1 or more")
 
-    import os
-
-    from ..files import replacing
     from ..looking.search import draw_results, load_index, search
 
     index = load_index(arguments.index)
-    if arguments.output and os.path.exists(arguments.output):
-        for path in index.paths:
-            if os.path.exists(path) and os.path.samefile(path, arguments.output):
-                parser.error(f"--output {arguments.output} is the image {path}, which it would replace")
+    check_picture(parser, arguments.output, index.paths)
     results = search(index, arguments.text, arguments.top)
     for path, score in results:
         print(f"{score:8.4f}  {path}")
     if arguments.output:
-        with replacing(arguments.output) as beside:
-            draw_results(results).save(beside)
+        save_picture(draw_results(results), arguments.output)

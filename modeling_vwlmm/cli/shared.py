@@ -2,12 +2,15 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..files import reading
+from ..files import reading, replacing
+from .errors import Parser
 
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL import Image
     from transformers import LlavaProcessor
 
@@ -73,3 +76,22 @@ def open_pictures(paths: list[str]) -> "list[Image.Image]":
     from ..data.images import open_images
 
     return open_images({"images": [{"path": path, "bytes": None} for path in paths]})
+
+
+def check_picture(parser: Parser, output: str | None, images: Iterable[str]) -> None:
+    """End the command if a picture cannot be written: its format is unknown, or it would replace one of the images."""
+    if output is None:
+        return
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    suffix, formats = os.path.splitext(output)[1][1:], FigureCanvasBase.get_supported_filetypes()
+    if suffix.lower() not in formats:
+        parser.error(f"--output {output}: found no format of pictures in its name, expected .{', .'.join(formats)}")
+    for path in images if os.path.exists(output) else ():
+        if os.path.exists(path) and os.path.samefile(path, output):
+            parser.error(f"--output {output} is the image {path}, which it would replace")
+
+
+def save_picture(figure: "Figure", output: str) -> None:
+    with replacing(output) as beside:
+        figure.savefig(beside)

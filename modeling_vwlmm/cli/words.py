@@ -1,11 +1,10 @@
 """`vwlmm words`: draws visual words over images."""
 
 import json
-import os
 import sys
 
 from .errors import Parser
-from .shared import load, open_pictures
+from .shared import check_picture, load, open_pictures, save_picture
 
 
 SUMMARY = "draw visual words over images"
@@ -16,7 +15,8 @@ BLANK = 0.9  # the share of patches that one word may have without a warning
 def main(argv: list[str]) -> None:
     parser = Parser(
         prog="vwlmm words",
-        description="Lay the most probable visual word of every patch over the images.",
+        description="Lay the most probable visual word of every patch over the images. Neighbours with the same word "
+        "have it once.",
         epilog=f"example: {EXAMPLE}",
     )
     parser.add_argument("model", help="folder or repository")
@@ -24,9 +24,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--heatmap", nargs="+", metavar="WORD", help="colour where each of these words is, instead of writing words"
     )
-    parser.add_argument("--output", help="the picture to write; this or --json is needed")
+    parser.add_argument("--output", help="the picture to write, .png, .pdf, .svg, ...; this or --json is needed")
     parser.add_argument("--json", action="store_true", help="print the words and probabilities of every patch")
     parser.add_argument("--top", type=int, default=3, help="words of a patch in the JSON (default: 3)")
+    parser.add_argument(
+        "--expected",
+        action="store_true",
+        help="in the JSON also what the LLM expected at every patch, p, and the divergence KL(w || p) of its word w",
+    )
     parser.add_argument(
         "--relative",
         action="store_true",
@@ -38,22 +43,19 @@ def main(argv: list[str]) -> None:
 
     if arguments.heatmap and (arguments.json or arguments.relative):
         parser.error("--heatmap draws a picture of its own: --json and --relative are not for it")
+    if arguments.expected and not arguments.json:
+        parser.error("--expected is for --json")
 
-    from ..files import replacing
     from ..words import draw_words, most_frequent_word, top_words
 
-    if arguments.output and os.path.exists(arguments.output):
-        for path in arguments.images:
-            if os.path.exists(path) and os.path.samefile(path, arguments.output):
-                parser.error(f"--output {arguments.output} is the image {path}, which it would replace")
+    check_picture(parser, arguments.output, arguments.images)
     images = open_pictures(arguments.images)
     model, processor = load(arguments.model)
     if arguments.heatmap:
         from ..looking.heatmaps import draw_heatmaps, word_probabilities
 
         probabilities = word_probabilities(model, processor, images, arguments.heatmap)
-        with replacing(arguments.output) as beside:
-            draw_heatmaps(processor, images, arguments.heatmap, probabilities).save(beside)
+        save_picture(draw_heatmaps(processor, images, arguments.heatmap, probabilities), arguments.output)
         return
     found = top_words(model, processor, images, k=arguments.top, relative=arguments.relative)
     word, share = most_frequent_word(found)
@@ -64,11 +66,13 @@ def main(argv: list[str]) -> None:
             file=sys.stderr,
         )
     if arguments.output:
-        with replacing(arguments.output) as beside:
-            draw_words(processor, images, found).save(beside)
+        save_picture(draw_words(processor, images, found), arguments.output)
     if arguments.json:
-        print(
-            json.dumps(
-                [{"image": path, "patches": patches} for path, patches in zip(arguments.images, found, strict=True)]
-            )
-        )
+        printed = [{"image": path, "patches": patches} for path, patches in zip(arguments.images, found, strict=True)]
+        if arguments.expected:
+            from ..looking.patches import read_patches
+
+            for record, image in zip(printed, images, strict=True):
+                patches = read_patches(model, processor, image, arguments.top)
+                record |= {"expected": [patch.expected for patch in patches], "kl": [patch.kl for patch in patches]}
+        print(json.dumps(printed))

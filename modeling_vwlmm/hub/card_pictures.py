@@ -85,7 +85,7 @@ def draw_visual_words(model: VWLmmForCausalLM, folder: Path) -> str | None:
         picture = draw_words(processor, images, words)
     except ValueError:  # patches that are no grid
         return None
-    picture.save(folder / WORDS_PICTURE)
+    picture.savefig(folder / WORDS_PICTURE)
     return WORDS_PICTURE
 
 

@@ -1,16 +1,22 @@
 """Where is a word: its probability on every patch, as colours over the image."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from transformers import LlavaProcessor
 
+from ..drawing import canvas, fonts_for, paste
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..processing import patch_grid
-from ..words import caption_font, drawable, seen_image
+from ..words import seen_image
 from .vocabulary import entries_of, texts_of
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @torch.no_grad()
@@ -35,31 +41,36 @@ def draw_heatmaps(
     words: Sequence[str],
     probabilities: np.ndarray,
     size: int = 288,
-) -> Image.Image:
+) -> "Figure":
     """A row an image: as the model sees it, then once for each word with the word's probability as colour.
 
     The brightest patch of a picture has the word's greatest probability on this image, which stands above it.
+    `size` is the longer side of an image in the figure, in pixels.
+
+    Returns:
+        `matplotlib.figure.Figure`: `figure.savefig("heat.png")` writes it.
+
+    Raises:
+        ValueError: the patches of an image are no grid.
     """
     from matplotlib import colormaps
 
-    margin, line = size // 24, 24
-    width, height = size + margin, size + margin + line
-    sheet = Image.new("RGB", ((len(words) + 1) * width + margin, len(images) * height + margin), "white")
-    draw = ImageDraw.Draw(sheet)
     rows, columns = patch_grid(processor, probabilities.shape[-1])
+    crop = processor.image_processor.crop_size
+    own_width, own_height = (round(size * side / max(crop.width, crop.height)) for side in (crop.width, crop.height))
+    margin, line = size // 24, 24
+    width, height = max(own_width, size // 2) + margin, own_height + margin + line
+    figure, axes = canvas((len(words) + 1) * width + margin, len(images) * height + margin)
+    fonts = fonts_for(words)
     for y, (image, of_words) in enumerate(zip(images, probabilities, strict=True)):
-        seen = seen_image(processor, image).resize((size, size), Image.Resampling.NEAREST)
-        top = y * height + margin
-        sheet.paste(seen, (margin, top + line))
-        grey = np.asarray(seen.convert("L").convert("RGB"), dtype=float)
+        seen, top = seen_image(processor, image), y * height + margin
+        paste(axes, seen, margin, top + line, own_width, own_height)
+        grey = np.asarray(seen.convert("L"))
         for x, (word, values) in enumerate(zip(words, of_words, strict=True), start=1):
-            heat = (values / max(values.max(), 1e-12)).reshape(rows, columns)
-            heat = np.asarray(
-                Image.fromarray((255 * heat).astype(np.uint8)).resize((size, size), Image.Resampling.BOX)
-            )
-            colors = 255 * colormaps["inferno"](heat)[..., :3]
+            colors = colormaps["inferno"]((values / max(values.max(), 1e-12)).reshape(rows, columns))
+            colors[..., 3] = 0.55
             left = x * width + margin
-            sheet.paste(Image.fromarray((0.45 * grey + 0.55 * colors).astype(np.uint8)), (left, top + line))
-            title = f"{drawable(word)}: up to {values.max():.3f}"
-            draw.text((left, top), title, fill="black", font=caption_font(15))
-    return sheet
+            for layer in (np.stack([grey] * 3, axis=-1), colors):
+                paste(axes, layer, left, top + line, own_width, own_height)
+            fonts.write(axes, left, top + 8, f"{fonts.drawable(word)}: up to {values.max():.3f}", 15, va="center")
+    return figure

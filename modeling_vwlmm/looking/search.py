@@ -3,18 +3,21 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from transformers import LlavaProcessor
 
 from ..data.images import open_images
+from ..drawing import canvas, fonts_for, paste
 from ..files import new_folder, read_json_object, write_json
 from ..modeling_vwlmm import VWLmmForCausalLM
-from ..words import caption_font
 from .vocabulary import entries_of, texts_of
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 VECTORS, NAMES = "vectors.npz", "index.json"
@@ -128,22 +131,26 @@ def load_index(folder: str | os.PathLike) -> Index:
     return Index(_sparse().csr_array(vectors), paths, texts)
 
 
-def draw_results(results: Sequence[tuple[str, float]], size: int = 160, columns: int = 5) -> Image.Image:
-    """The images that were found, the best first, each with its score and name below."""
-    line = 18
+def draw_results(results: Sequence[tuple[str, float]], size: int = 160, columns: int = 5) -> "Figure":
+    """A `matplotlib.figure.Figure` of the images found, the best first, each with its score and name below."""
+    line, gap = 18, 10
+    width, height = size + gap, size + 2 * line + gap
     rows = -(-len(results) // columns)
-    sheet = Image.new("RGB", (columns * (size + 10) + 10, rows * (size + 2 * line + 10) + 10), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (path, score) in enumerate(results):
-        left, top = i % columns * (size + 10) + 10, i // columns * (size + 2 * line + 10) + 10
+    figure, axes = canvas(columns * width + gap, rows * height + gap)
+    names = [Path(path).name for path, _ in results]
+    fonts = fonts_for([*names, "…"])
+    for i, ((path, score), name) in enumerate(zip(results, names, strict=True)):
+        left, top = i % columns * width + gap, i // columns * height + gap
         (image,) = open_images({"images": [{"path": path, "bytes": None}]})
+        image.thumbnail((size, size))
         scale = size / max(image.size)
-        sheet.paste(image.resize([max(1, round(scale * side)) for side in image.size]), (left, top))
-        name = Path(path).name
-        draw.text((left, top + size + 2), f"{i + 1}: {score:.3f}", fill="black", font=caption_font(12))
-        name = name if len(name) <= 22 else f"…{name[-21:]}"
-        draw.text((left, top + size + line), name, fill="black", font=caption_font(11))
-    return sheet
+        paste(axes, image, left, top, *(scale * side for side in image.size))
+        fonts.write(axes, left, top + size + line / 2 + 2, f"{i + 1}: {score:.3f}", 12, va="center")
+        name = fonts.drawable(name)
+        while fonts.width(name) * 11 > size:
+            name = f"…{name.removeprefix('…')[1:]}"
+        fonts.write(axes, left, top + size + 1.5 * line, name, 11, va="center")
+    return figure
 
 
 def _sparse():

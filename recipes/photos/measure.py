@@ -20,7 +20,7 @@ from modeling_vwlmm.evaluation.questions import questions_of
 from modeling_vwlmm.hub.card import LIMITS_TASK
 from modeling_vwlmm.hub.card_facts import EVAL_RESULTS_NAME
 from modeling_vwlmm.hub.card_pictures import EXAMPLES
-from modeling_vwlmm.words import draw_words
+from modeling_vwlmm.words import draw_words, readable
 
 
 def mutual_information(words, kinds):
@@ -140,11 +140,10 @@ def draw(model, processor, photos, path, relative=False, k=8):
     tops = []
     for i in chosen:
         first = scores[i].argmax(-1)
-        texts = [processor.tokenizer.decode([token]) for token in first.tolist()]
-        texts = [text.strip() or repr(text) for text in texts]
+        texts = [readable(processor.tokenizer, token) for token in first.tolist()]
         tops.append([[pair] for pair in zip(texts, words[i].gather(-1, first[:, None])[:, 0].tolist(), strict=True)])
     captions = [f"{photos[i]['questions'][0].text} {photos[i]['answers'][0]}" for i in chosen]
-    draw_words(processor, [photos[i]["image"] for i in chosen], tops, captions, columns=2).save(path)
+    draw_words(processor, [photos[i]["image"] for i in chosen], tops, captions, columns=2).savefig(path)
 
 
 def main(argv=None):

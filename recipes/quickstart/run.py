@@ -57,7 +57,7 @@ def show_words(model, processor, answered, path):
                 f"{row['messages'][0]['content'][-1]['text'].strip()} {found}",
             )
     images, captions = zip(*shown.values(), strict=True)
-    draw_words(processor, images, top_words(model, processor, images), captions, columns=2).save(path)
+    draw_words(processor, images, top_words(model, processor, images), captions, columns=2).savefig(path)
     print(f"visual words of six test images: {path}")
 
 

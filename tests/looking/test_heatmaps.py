@@ -7,6 +7,7 @@ from PIL import Image
 
 from helpers.command_line import error_of
 from helpers.conversations import picture, tiny_processor
+from helpers.pictures import pixels_of
 from helpers.tiny import tiny_model
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.looking.heatmaps import draw_heatmaps, word_probabilities
@@ -26,8 +27,8 @@ def test_the_probabilities_are_those_of_the_visual_words():
 def test_the_patch_with_the_word_is_the_brightest():
     processor = tiny_processor(tiny_model().config)
     image = Image.new("RGB", (16, 16), (128, 128, 128))
-    drawn = draw_heatmaps(processor, [image], ["w"], np.array([[[0.0, 0.1, 0.5, 0.0]]]), size=100)
-    heat = np.asarray(drawn).astype(int).sum(-1)[28:128, 108:208]
+    figure = draw_heatmaps(processor, [image], ["w"], np.array([[[0.0, 0.1, 0.5, 0.0]]]), size=100)
+    heat = pixels_of(figure).sum(-1)[28:128, 108:208]
     means = [heat[y : y + 46, x : x + 46].mean() for y in (2, 52) for x in (2, 52)]
     assert means[2] > means[1] > means[0] == means[3]
 
@@ -37,4 +38,6 @@ def test_heatmaps_from_the_command_line(tmp_path, model_folder, capsys):
     arguments = ["words", str(model_folder), str(tmp_path / "a.png"), "--output", str(tmp_path / "heat.png")]
     main([*arguments, "--heatmap", "w20", "w30"])
     assert Image.open(tmp_path / "heat.png").size[0] > 3 * 288
+    main([*arguments[:-1], str(tmp_path / "heat.svg"), "--heatmap", "w20"])
+    assert (tmp_path / "heat.svg").read_text().startswith("<?xml")
     assert 'no single word "w2x", near it are' in error_of(capsys, *arguments, "--heatmap", "w2x")
