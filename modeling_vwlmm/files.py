@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 
@@ -45,6 +46,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def hash_of(path: str | os.PathLike) -> str:
+    """A hash of what a file holds."""
+    found, buffer = xxhash.xxh3_128(), bytearray(2**20)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            found.update(memoryview(buffer)[:count])
+    return found.hexdigest()
 
 
 def describe(value: Any) -> str:

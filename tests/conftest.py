@@ -1,9 +1,15 @@
+import atexit
 import json
 import os
+import shutil
+import tempfile
 
 import pytest
 
 
+# What `datasets` keeps of data files, which no other run is to find
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="vwlmm-datasets-")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TRANSFORMERS_VERBOSITY="error")
 # Read by torch when it is imported. Tiny models are no faster with more threads, and much slower beside other work
 os.environ.setdefault("OMP_NUM_THREADS", "1")

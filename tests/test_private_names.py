@@ -93,6 +93,9 @@ NAMES = {
     "trl.trainer.utils.maybe_gather_lm_head_ctx": "under ZeRO-3 the heads are gathered as TRL does",
     # datasets
     "datasets.Dataset._indices": "columns are added below the order of a shuffled dataset, which is not written anew",
+    "datasets.ArrowBasedBuilder._generate_tables": "what a builder of one's own makes",
+    "datasets.ArrowBasedBuilder._info": "the columns of it",
+    "datasets.ArrowBasedBuilder._split_generators": "the splits of it",
     # PEFT
     "peft.utils.constants.DUMMY_TARGET_MODULES": "an adapter that trains whole parts and adapts no layer",
     "peft.utils.ModulesToSaveWrapper": "what trains whole beside an adapter, kept in float32",

@@ -10,18 +10,21 @@ Every data set of this package has the columns
 import contextlib
 import gc
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import xxhash
 from datasets import Dataset, Features, Image, List, Value
 
-from ..files import describe
+from ..files import describe, hash_of
 from ..processing import IMAGE_MARKER
 from .images import ImageFolder
+from .kept import KeptTables
+from .records import read_records
 
 
 # We read images alone. A record with other media is refused: its answers are about what the model cannot see
@@ -37,6 +40,8 @@ FEATURES = Features(
         ),
     }
 )
+# A second start looks for the images again, by the names that the file has for them
+_KEPT = Features({**FEATURES, "names": List(Value("string"))})
 
 
 def load_conversations(data_path: str | os.PathLike, image_folder: str | os.PathLike) -> Dataset:
@@ -53,7 +58,8 @@ def load_conversations(data_path: str | os.PathLike, image_folder: str | os.Path
 
     Returns:
         A `Dataset` with the columns of this module and a row for each record, in the order of the file. The `id` of a
-        record without one is its place in the file, from 0.
+        record without one is its place in the file, from 0. It is mapped from the cache of `datasets`, which the next
+        call with a file of this content reads in place of the file.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -66,11 +72,42 @@ def load_conversations(data_path: str | os.PathLike, image_folder: str | os.Path
     if not os.path.isdir(image_folder):
         raise FileNotFoundError(f"{image_folder}: no such image folder (of {data_path})")
     folder = ImageFolder(image_folder)
+
+    def tables() -> Iterator[pa.Table]:
+        records, table = enumerate(read_records(data_path)), None
+        for table in to_tables((_read_record(record, i, data_path, folder) for i, record in records), _KEPT):
+            yield table
+        if table is None:
+            raise ValueError(f"{data_path}: found no records, expected at least one")
+
+    kept = KeptTables(tables, _KEPT, _key_of(data_path, folder))
     with _no_garbage_collection():
-        dataset = to_dataset(_read_record(r, i, data_path, folder) for i, r in enumerate(read_records(data_path)))
-    if len(dataset) == 0:
-        raise ValueError(f"{data_path}: found no records, expected at least one")
-    return dataset
+        dataset = kept.load()
+        if not kept.is_new and _moved(dataset, folder):
+            dataset = kept.load(anew=True)  # which says of the first image that is missing where it is named
+    return dataset.remove_columns("names")
+
+
+def _key_of(data_path: str, folder: ImageFolder) -> str:
+    """What tells two readings apart: the content and the kind of the file, the folder, and the code that reads."""
+    key = xxhash.xxh3_128(f"{hash_of(data_path)} {data_path.endswith('.jsonl')} {folder.root}".encode())
+    for name in ("conversations.py", "images.py", "records.py"):
+        key.update(hash_of(Path(__file__).with_name(name)).encode())
+    return key.hexdigest()
+
+
+def _moved(dataset: Dataset, folder: ImageFolder) -> bool:
+    """Whether an image is not where it was when the data were read."""
+    arrow: Any = dataset.select_columns(["names", "images"]).with_format("arrow")
+    for table in arrow.iter(batch_size=1000):
+        names = table["names"].combine_chunks().flatten().to_pylist()
+        paths = table["images"].combine_chunks().flatten().field("path").to_pylist()
+        try:
+            if [folder.find(name, "") for name in names] != paths:
+                return True
+        except ValueError:
+            return True
+    return False
 
 
 @contextlib.contextmanager
@@ -86,35 +123,15 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def to_dataset(rows: Iterable[dict], features: Features = FEATURES) -> Dataset:
-    """A `Dataset` of rows that may come one at a time."""
-    # Dataset.from_list takes 20 times as long as Arrow itself, and Dataset.from_generator would cache by file name
-    rows, schema = iter(rows), features.arrow_schema
-    tables = [schema.empty_table()]
+    """A `Dataset` in memory, of rows that may come one at a time."""
+    return Dataset(pa.concat_tables([features.arrow_schema.empty_table(), *to_tables(rows, features)]))
+
+
+def to_tables(rows: Iterable[dict], features: Features) -> Iterator[pa.Table]:
+    """Arrow tables of up to 1,000 rows, which `datasets` itself would take 20 times as long to make."""
+    rows = iter(rows)
     while piece := list(itertools.islice(rows, 1000)):
-        tables.append(pa.Table.from_pylist(piece, schema=schema))
-    return Dataset(pa.concat_tables(tables))
-
-
-def read_records(data_path: str) -> Iterator:
-    is_lines, where = data_path.endswith(".jsonl"), data_path
-    with open(data_path, "rb") as file:
-        try:
-            if is_lines:
-                for number, line in enumerate(file, start=1):
-                    where = f"{data_path}: line {number}"
-                    if line.strip():
-                        yield json.loads(line)
-                return
-            content = file.read()
-            records = json.loads(content) if content.strip() else []
-            del content
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: found no valid JSON ({error}), expected records of conversations") from error
-    if not isinstance(records, list):
-        raise ValueError(f"{data_path}: found {describe(records)}, expected a list of records")
-    records.reverse()
-    while records:  # a record's memory is free when its row is made
-        yield records.pop()
+        yield pa.Table.from_pylist(piece, schema=features.arrow_schema)
 
 
 def _read_record(record: Any, index: int, data_path: str, folder: ImageFolder) -> dict:
@@ -140,6 +157,7 @@ def _read_record(record: Any, index: int, data_path: str, folder: ImageFolder) -
         "id": str(index if sample_id is None else sample_id),
         "images": [{"path": folder.find(name, where)} for name in names],
         "messages": messages,
+        "names": names,
     }
 
 

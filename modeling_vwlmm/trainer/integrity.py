@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..files import read_json_object, write_json
+from ..files import hash_of, read_json_object, write_json
 
 
 CONTENTS_NAME = "checkpoint_contents.json"
@@ -34,7 +33,7 @@ def add_hashes(checkpoint: str | os.PathLike) -> None:
     try:
         contents = read_contents(folder)
         for name, about in contents["files"].items():
-            about["xxh3_128"] = _hash(folder / name)
+            about["xxh3_128"] = hash_of(folder / name)
         write_json(folder / CONTENTS_NAME, contents)
     except OSError:  # the folder was removed meanwhile
         return
@@ -59,7 +58,7 @@ def check_whole(checkpoint: str | os.PathLike) -> None:
             problem = "is missing"
         elif path.stat().st_size != about["size"]:
             problem = f"has {path.stat().st_size:,} bytes, but {about['size']:,} were written"
-        elif about.get("xxh3_128") not in (None, _hash(path)):
+        elif about.get("xxh3_128") not in (None, hash_of(path)):
             problem = "is not as it was written"
         if problem is not None:
             raise ValueError(f"{path} {problem}, so that {folder.name} is damaged{_before(folder)}")
@@ -85,11 +84,3 @@ def _before(folder: Path) -> str:
 def _files(folder: Path) -> list[str]:
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != CONTENTS_NAME)
     return sorted(path.relative_to(folder).as_posix() for path in files)
-
-
-def _hash(path: Path) -> str:
-    found, buffer = xxhash.xxh3_128(), bytearray(2**20)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            found.update(memoryview(buffer)[:count])
-    return found.hexdigest()

@@ -136,6 +136,10 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         if isinstance(data_collator, VWLmmDataCollator):
             # The collator finds what the assistant says. TRL would look for generation markers
             args.assistant_only_loss = False
+        if isinstance(train_dataset, IterableDataset):
+            # A run that goes on counts batches from the beginning, over all passes: transformers would look for all of
+            # them in the first pass
+            train_dataset = train_dataset.repeat(None)
         super().__init__(
             model=model,
             args=args,

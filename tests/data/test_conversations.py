@@ -9,7 +9,9 @@ from datasets import Features, Image, List, Value
 from trl.data_utils import prepare_multimodal_messages
 
 from helpers.messages import IMAGE, RECORDS, TALK, render, text, turns, without_none
+from modeling_vwlmm.data import conversations as conversations_module
 from modeling_vwlmm.data import load_conversations, open_images
+from modeling_vwlmm.data import records as records_module
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
@@ -226,3 +228,52 @@ def test_the_field_images_is_read_as_image_is(load):
 def test_an_empty_turn_is_an_empty_text(load):
     messages = load([{"image": "a.png", "conversations": turns("<image>", "")}])[0]["messages"]
     assert messages[-1]["content"] == [{"type": "text", "text": ""}]
+
+
+def test_what_was_read_is_read_once(load, monkeypatch):
+    """Until the file is another, or an image of it is gone, or is reached by another link."""
+    reads = []
+    read = conversations_module.read_records
+    monkeypatch.setattr(conversations_module, "read_records", lambda path: reads.append(path) or read(path))
+    first = load(RECORDS)
+    second = load(RECORDS)
+    assert len(reads) == 1 and first[:] == second[:] and first.features == second.features
+    assert second.cache_files
+    edited = [*RECORDS[:3], {**RECORDS[3], "id": "edited"}]
+    assert load(edited)["id"][-1] == "edited" and len(reads) == 2
+    load(RECORDS)
+    assert len(reads) == 2
+
+
+def test_images_are_looked_for_again(load, images):
+    (images / "link.png").symlink_to(images / "a.png")
+    record = {"image": "link.png", "conversations": turns("<image>", "Hi")}
+    assert load([record])[0]["images"][0]["path"].endswith("/a.png")
+    (images / "link.png").unlink()
+    (images / "link.png").symlink_to(images / "b.png")
+    assert load([record])[0]["images"][0]["path"].endswith("/b.png")
+    (images / "b.png").unlink()
+    with pytest.raises(ValueError, match="sample 0: image: found 'link.png', which does not exist"):
+        load([record])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_list_is_read_piece_by_piece(tmp_path, monkeypatch, encoding):
+    """Whatever the place at which a piece ends."""
+    items = [{"a": "b,]\u00e9\U0001f600"}, 12345, "x", [], None, 1.5e3, {"c": [{"d": "}"}]}, -7]
+    path = tmp_path / "data.json"
+    for content in (json.dumps(items), json.dumps(items, indent=1, ensure_ascii=False) + "\n ", "[ ]", " "):
+        path.write_text(content, encoding=encoding)
+        for piece in range(1, 8):
+            monkeypatch.setattr(records_module, "PIECE", piece)
+            assert list(records_module.read_records(path)) == (items if len(content) > 5 else [])
+
+
+@pytest.mark.parametrize("content", ["[1 2]", "[1,]", "[1] 2", "[1", "[,1]", "1]", "[1}", '["a]'])
+def test_what_is_no_list_says_where_it_ends_to_be_one(tmp_path, content):
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: found no valid JSON ({expected.value}), expected")):
+        list(records_module.read_records(path))
