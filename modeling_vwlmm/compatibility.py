@@ -91,11 +91,9 @@ class VWLmmModelOutputWithPast(BaseModelOutputWithPast):
     """An LLM's output, with
 
     image_hidden_states: the projected features f, (images, patches, d), also with pseudo image features.
-    image_mask: of shape (B, T), true where a patch stands in the sequence.
     """
 
     image_hidden_states: torch.Tensor | None = None
-    image_mask: torch.BoolTensor | None = None
 
 
 @_cache_by_both_names

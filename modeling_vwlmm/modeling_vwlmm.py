@@ -25,13 +25,8 @@ from .compatibility import (
 from .configuration_vwlmm import VWLmmConfig, select_image_features
 from .image_token import ImageTokenGenerationMixin, add_image_token
 from .strict_loading import VWLmmPreTrainedModel, refuse_other_adapters
-from .visual_word_loss import (
-    embedding_rows,
-    in_dtype_of,
-    scored_positions,
-    visual_word_loss,
-    weight_and_bias,
-)
+from .visual_word_loss import scored_positions, select_scored, visual_word_loss
+from .wrapped_weights import embedding_rows, in_dtype_of, weight_and_bias
 
 
 logger = logging.get_logger(__name__)
@@ -172,7 +167,7 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         image_features = read = None
         image_outputs = (mm_encoder_outputs or {}).get("image")
         has_images = image_outputs is not None or pixel_values is not None
-        image_mask = self._image_mask(input_ids, inputs_embeds, has_images)
+        image_mask = self.image_mask(input_ids, inputs_embeds, has_images)
         # The embeddings come before the tower, with images or without, for ranks must gather weights in one order
         if inputs_embeds is None:
             # The embeddings of placeholders are replaced, if there are images
@@ -199,10 +194,13 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
 
         outputs = self.language_model(inputs_embeds=inputs_embeds, **{**name_cache(kwargs), "return_dict": True})
         kept = {name: outputs.get(name) for name in ("last_hidden_state", CACHE, "hidden_states", "attentions")}
-        return VWLmmModelOutputWithPast(**kept, image_hidden_states=image_features, image_mask=image_mask)
+        return VWLmmModelOutputWithPast(**kept, image_hidden_states=image_features)
 
-    def _image_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, has_images: bool) -> Any:
-        """Where placeholders stand, (B, T): by their id, or else, as in LLaVA, by the image token's embedding."""
+    def image_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, has_images: bool) -> Any:
+        """Where placeholders stand, (B, T): by their id, or else, as in LLaVA, by the image token's embedding.
+
+        None where embeddings are given without images.
+        """
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         if not has_images or inputs_embeds is None:
@@ -247,15 +245,20 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, ImageTokenGenerationMixin, LlavaFor
         return self.model.visual_words(self.model.project_images(pixel_values).image_hidden_states)
 
     def visual_word_loss(
-        self, outputs: VWLmmModelOutputWithPast, attention_mask: torch.Tensor | None = None
+        self, outputs: VWLmmModelOutputWithPast, image_mask: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The visual-word loss of a batch, from what its forward pass through `self.model` returned: the sum over the
-        scored image positions, in nats, and their number."""
-        positions = scored_positions(outputs.image_mask, attention_mask).to(outputs.last_hidden_state.device)  # (B, T)
-        predicted_from = outputs.last_hidden_state[:, :-1][positions[:, 1:]]  # (N, d)
+        """The visual-word loss of a batch: the sum over the scored image positions, in nats, and their number.
+
+        Args:
+            outputs: what the forward pass through `self.model` returned.
+            image_mask: of shape (B, T), true where a patch stands, as `self.model.image_mask` gives it.
+        """
+        hidden_states = outputs.last_hidden_state
+        image_mask = image_mask.to(hidden_states.device)
+        positions = scored_positions(image_mask, attention_mask).to(hidden_states.device)
         # A model that is split across devices may have its features on another one
-        image_features = outputs.image_hidden_states.flatten(0, 1).to(predicted_from.device)
-        image_features = image_features[positions[outputs.image_mask.to(predicted_from.device)]]  # (N, d)
+        image_features = outputs.image_hidden_states.flatten(0, 1).to(hidden_states.device)
+        predicted_from, image_features, keep = select_scored(hidden_states, image_features, image_mask, positions)
         lm_head_weight, lm_head_bias = weight_and_bias(self.lm_head, predicted_from)
         vm_head_weight, vm_head_bias = weight_and_bias(self.model.vm_head, image_features)
         loss = visual_word_loss(
@@ -267,6 +270,7 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, ImageTokenGenerationMixin, LlavaFor
             vm_head_bias=vm_head_bias,
             target=self.config.visual_word_target,
             detach_visual_words=self.config.detach_visual_words,
+            keep=keep,
         )
         return loss, positions.sum()
 
@@ -314,15 +318,17 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, ImageTokenGenerationMixin, LlavaFor
 
         loss = lm_loss = vw_loss = None
         if labels is not None:
-            if outputs.image_mask is not None:
-                labels = labels.masked_fill(outputs.image_mask, -100)
+            image_mask = self.model.image_mask(input_ids, inputs_embeds, outputs.image_hidden_states is not None)
+            if image_mask is not None:
+                labels = labels.masked_fill(image_mask, -100)
             loss = lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
             if self.config.visual_word_loss_weight and outputs.image_hidden_states is not None:
-                total, positions = self.visual_word_loss(outputs, attention_mask)
+                total, positions = self.visual_word_loss(outputs, image_mask, attention_mask)
                 mean = total / positions.clamp(min=1)
-                vw_loss = mean if positions > 0 else None
+                # A compiler cannot know the number of positions
+                vw_loss = mean if torch.compiler.is_compiling() or positions > 0 else None
                 # Over no positions the mean is 0, but its graph must still reach the VM head
                 loss = lm_loss + self.config.visual_word_loss_weight * mean
 

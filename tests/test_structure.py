@@ -23,6 +23,7 @@ TRAVELS = {
         "modeling_vwlmm",
         "strict_loading",
         "visual_word_loss",
+        "wrapped_weights",
     )
 }
 LONGEST = 350

@@ -1,10 +1,11 @@
 """The visual-word loss of VW-LMM (arXiv 2403.07720), computed a tile of rows at a time."""
 
+import itertools
 import math
+import re
 from typing import Any
 
 import torch
-from torch import nn
 
 
 TARGETS = ("visual_words", "language_model")
@@ -44,51 +45,24 @@ def scored_positions(image_mask: torch.Tensor, attention_mask: torch.Tensor | No
     return image_mask & preceded
 
 
-def in_dtype_of(linear: nn.Linear, features: torch.Tensor) -> torch.Tensor:
-    """Features in the dtype of the layer that reads them: a layer that trains may be in float32 beside 16-bit ones.
+def select_scored(
+    hidden_states: torch.Tensor, image_features: torch.Tensor, image_mask: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The rows that the loss compares, and which of them count, None if all.
 
-    A quantized layer has no dtype that features could take, so they stay as they are.
+    Args:
+        hidden_states: of shape (B, T, d).
+        image_features: of shape (image positions, d).
+        image_mask, positions: of shape (B, T), true at image positions, and at those that are scored.
+
+    Returns:
+        Hidden states at t - 1 and features at t, (N, d) each, and which count, (N,).
     """
-    dtype = linear.weight.dtype
-    return features.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else features
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer computes with its weight as it stands.
-
-    Otherwise the layer has to be called: its weight may be in parts, quantized or on a disk, and PEFT and others wrap
-    layers in modules of their own.
-    """
-    weight = getattr(layer, "weight", None)
-    return (
-        getattr(type(layer), "plain_forward", type(layer).forward) in (nn.Linear.forward, nn.Embedding.forward)
-        and type(weight) in (torch.Tensor, nn.Parameter)  # sharded and quantized weights have types of their own
-        and weight.is_floating_point()
-        and weight.itemsize > 1
-        and weight.device.type != "meta"  # where accelerate leaves what it loads for each call
-    )
-
-
-def weight_and_bias(head: nn.Linear, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight (V, d) and the bias (V,) of a head, None if it has no bias; `inputs` (..., d) are what it will read.
-
-    A head that has no plain weight is called instead, on the d rows of the identity and a row of zeros, and its
-    outputs are its linear map.
-    """
-    if _is_plain(head):
-        return head.weight.to(inputs.device), head.bias
-    size = inputs.shape[-1]
-    rows = head(torch.eye(size + 1, size, dtype=inputs.dtype, device=inputs.device))  # the last row is 0
-    return (rows[:size] - rows[size]).t(), rows[size]
-
-
-def embedding_rows(embeddings: nn.Module, count: int, device: torch.device) -> torch.Tensor:
-    """The embeddings of the first tokens, (count, d), on a device."""
-    weight: Any = embeddings.weight
-    if _is_plain(embeddings):
-        return weight[:count].to(device)
-    ids = torch.arange(count, device=device if weight.device.type == "meta" else weight.device)
-    return embeddings(ids).to(device)
+    if not torch.compiler.is_compiling():
+        return hidden_states[:, :-1][positions[:, 1:]], image_features[positions[image_mask]], None
+    # A compiler knows the number of image positions, and not of those that are scored
+    at = image_mask.flatten().nonzero_static(size=len(image_features)).squeeze(-1)
+    return hidden_states.flatten(0, 1)[at - 1], image_features, positions.flatten()[at]
 
 
 def visual_word_loss(
@@ -100,6 +74,7 @@ def visual_word_loss(
     vm_head_bias: torch.Tensor | None = None,
     target: str = "visual_words",
     detach_visual_words: bool = False,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over image positions t of the divergence between the visual word w_t and the LLM's prediction p_{t-1}.
 
@@ -121,6 +96,7 @@ def visual_word_loss(
         lm_head_bias, vm_head_bias: of shape (V or more,), added to the logits.
         target: which of the two distributions is the target, see above.
         detach_visual_words: whether joint training stops the gradient through its target.
+        keep: of shape (N,), false for rows that do not count. A compiler takes it in place of fewer rows.
 
     Returns:
         A scalar in float32 (float64 for float64 inputs), in nats. 0 where N is 0.
@@ -135,12 +111,33 @@ def visual_word_loss(
     if detach_visual_words or target == "language_model":
         inputs, weight, bias = target_head
         target_head = inputs.detach(), weight.detach(), None if bias is None else bias.detach()
-    return _linear_kl(target_head, predicting_head, vm_head_weight.shape[0])
+    return _linear_kl([*target_head, *predicting_head], keep, vm_head_weight.shape[0])
 
 
-def _linear_kl(target, predicting, vocab_size):
-    """Sum over rows of KL(softmax(a) || softmax(b)), where a and b are the logits of two linear maps."""
-    target, predicting = _Head(*target, vocab_size), _Head(*predicting, vocab_size)
+def _linear_kl(tensors, keep, vocab_size):
+    """Sum over rows of KL(softmax(a) || softmax(b)), where a and b are the logits of two linear maps.
+
+    `tensors` are the inputs, the weight and the bias of the target's map, and then those of the predicting one.
+    """
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    needs_grad = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
+    if torch.compiler.is_compiling():
+        return _linear_kl_op(*tensors, keep, vocab_size, needs_grad, dtype)[0]
+    if keep is not None:
+        tensors[0], tensors[3] = tensors[0][keep], tensors[3][keep]
+    loss, gradients = _loss_and_gradients(tensors, vocab_size, needs_grad, dtype)
+    for tensor, gradient in zip(itertools.compress(tensors, needs_grad), gradients, strict=True):
+        loss = loss + _Gradient.apply(tensor, gradient)
+    return loss
+
+
+@torch.no_grad()
+def _loss_and_gradients(tensors, vocab_size, needs_grad, autocast_dtype):
+    """The loss, and the gradients of those tensors that need one."""
+    target, predicting = (
+        _Head(*tensors[i : i + 3], vocab_size, needs_grad[i : i + 3], autocast_dtype) for i in (0, 3)
+    )
     count, device = len(target.inputs), target.inputs.device
     dtype = torch.promote_types(target.logits_dtype, predicting.logits_dtype)
     on_cpu = device.type == "cpu"
@@ -149,25 +146,21 @@ def _linear_kl(target, predicting, vocab_size):
         most_rows *= 2
     tile_rows = math.ceil(count / max(1, math.ceil(count / most_rows)))  # tiles of about the same size
     block_rows = max(1, CPU_BLOCK_LOGITS // vocab_size) if on_cpu else tile_rows
-    with torch.no_grad():
-        for head in (target, predicting):
-            head.make_gradients(tile_rows)
-        tile = torch.empty(2, tile_rows, vocab_size, dtype=dtype, device=device)
-        divergences = []
-        for start in range(0, count, max(tile_rows, 1)):
-            rows = slice(start, min(start + tile_rows, count))
-            a, b = tile[:, : rows.stop - start]
-            target.logits(rows, out=a)
-            predicting.logits(rows, out=b)
-            blocks = zip(a.split(block_rows), b.split(block_rows), strict=True)
-            divergences += [_kl_and_gradients_(*block, bool(target.gradients)) for block in blocks]
-            target.add_gradients(rows, a)
-            predicting.add_gradients(rows, b)
-        loss = torch.cat(divergences or [target.inputs.new_zeros(0, dtype=target.sum_dtype)]).sum()
     for head in (target, predicting):
-        for tensor, gradient in head.gradients.values():
-            loss = loss + _Gradient.apply(tensor, gradient)
-    return loss
+        head.make_gradients(tile_rows)
+    tile = torch.empty(2, tile_rows, vocab_size, dtype=dtype, device=device)
+    divergences = []
+    for start in range(0, count, max(tile_rows, 1)):
+        rows = slice(start, min(start + tile_rows, count))
+        a, b = tile[:, : rows.stop - start]
+        target.logits(rows, out=a)
+        predicting.logits(rows, out=b)
+        blocks = zip(a.split(block_rows), b.split(block_rows), strict=True)
+        divergences += [_kl_and_gradients_(*block, bool(target.gradients)) for block in blocks]
+        target.add_gradients(rows, a)
+        predicting.add_gradients(rows, b)
+    loss = torch.cat(divergences or [target.inputs.new_zeros(0, dtype=target.sum_dtype)]).sum()
+    return loss, [*target.gradients.values(), *predicting.gradients.values()]
 
 
 def _kl_and_gradients_(a, b, needs_target_grad):
@@ -195,11 +188,10 @@ def _kl_and_gradients_(a, b, needs_target_grad):
 class _Head:
     """A linear map from rows to logits, which adds up the gradients of its inputs tile by tile."""
 
-    def __init__(self, inputs, weight, bias, vocab_size):
-        device = inputs.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+    def __init__(self, inputs, weight, bias, vocab_size, needs_grad, autocast_dtype):
+        dtype = autocast_dtype or inputs.dtype
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
-        keeps_dtype = CPU_MULTIPLIES_BFLOAT16 and device == "cpu" and dtype == torch.bfloat16
+        keeps_dtype = CPU_MULTIPLIES_BFLOAT16 and inputs.device.type == "cpu" and dtype == torch.bfloat16
         self.logits_dtype = dtype if keeps_dtype else self.sum_dtype
         # Most gradients of logits are too small for float16. None is large enough to overflow when scaled: those of a
         # prediction are below 1, those of a target hardly ever above 100
@@ -207,23 +199,20 @@ class _Head:
         self.inputs = inputs.detach().to(dtype)
         self.weight = weight.detach()[:vocab_size].to(dtype)
         self.bias = None if bias is None else bias.detach()[:vocab_size]
-        self.gradients = {
-            name: (tensor, None)
-            for name, tensor in {"inputs": inputs, "weight": weight, "bias": bias}.items()
-            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-        }
+        named = {"inputs": inputs, "weight": weight, "bias": bias}
+        self.gradients = {name: named[name] for name in itertools.compress(named, needs_grad)}
 
     def make_gradients(self, tile_rows):
         # The first tile overwrites whatever is in here, the others add to it
         new = torch.empty_like if len(self.inputs) else torch.zeros_like
         vocab_size = len(self.weight)
-        for name, (tensor, _) in self.gradients.items():
+        for name, tensor in self.gradients.items():
             # A gradient that no tile adds to is rounded once, to the dtype that it ends in
             is_whole = name == "inputs" or len(self.inputs) <= tile_rows
             dtype = tensor.dtype if is_whole and tensor.dtype == self.logits_dtype else self.sum_dtype
-            self.gradients[name] = tensor, new(tensor, dtype=dtype)
+            self.gradients[name] = new(tensor, dtype=dtype)
             if name != "inputs":
-                self.gradients[name][1][vocab_size:] = 0
+                self.gradients[name][vocab_size:] = 0
 
     def logits(self, rows, out):
         _add_product(out, self.inputs[rows], self.weight.t(), beta=0)
@@ -236,13 +225,13 @@ class _Head:
         scaled = logits_grad if self.scale == 1 else self.scale * logits_grad
         grad, vocab_size = scaled.to(self.weight.dtype), len(self.weight)
         if "inputs" in self.gradients:
-            _add_product(self.gradients["inputs"][1][rows], grad, self.weight, beta=0, alpha=1 / self.scale)
+            _add_product(self.gradients["inputs"][rows], grad, self.weight, beta=0, alpha=1 / self.scale)
         is_first = rows.start == 0
         if "weight" in self.gradients:
-            total = self.gradients["weight"][1][:vocab_size]
+            total = self.gradients["weight"][:vocab_size]
             _add_product(total, grad.t(), self.inputs[rows], beta=0 if is_first else 1, alpha=1 / self.scale)
         if "bias" in self.gradients:
-            total = self.gradients["bias"][1][:vocab_size]
+            total = self.gradients["bias"][:vocab_size]
             added = logits_grad.sum(0, dtype=total.dtype)
             total.copy_(added) if is_first else total.add_(added)
 
@@ -286,3 +275,53 @@ class _Gradient(torch.autograd.Function):
         else:
             gradient.mul_(loss_grad)
         return gradient.to(ctx.dtype), None
+
+
+# A compiler sees one operation, for its tiles depend on how many positions are scored. The name of this module is part
+# of the operation's, because the code of a repository may be loaded beside the package
+@torch.library.custom_op(
+    f"vwlmm::linear_kl_{re.sub('[^0-9a-zA-Z]', '_', __name__)}",
+    mutates_args=(),
+    schema="(Tensor inputs, Tensor weight, Tensor? bias, Tensor inputs2, Tensor weight2, Tensor? bias2, Tensor? keep, "
+    "SymInt vocab_size, bool[] needs_grad, ScalarType? dtype) -> Tensor[]",
+)
+def _linear_kl_op(*arguments):
+    """What [`_loss_and_gradients`] returns, with gradients of all rows, in the dtype of the sum."""
+    *tensors, keep, vocab_size, needs_grad, dtype = arguments
+    outputs = _empty_outputs(*arguments)
+    kept = list(tensors) if keep is None else [t[keep] if i in (0, 3) else t for i, t in enumerate(tensors)]
+    loss, gradients = _loss_and_gradients(kept, vocab_size, needs_grad, dtype)
+    outputs[0].copy_(loss)
+    for i, whole, gradient in zip(itertools.compress(range(6), needs_grad), outputs[1:], gradients, strict=True):
+        if keep is not None and i in (0, 3):
+            whole.zero_()[keep] = gradient.to(whole.dtype)
+        else:
+            whole.copy_(gradient)
+    return outputs
+
+
+@_linear_kl_op.register_fake
+def _empty_outputs(*arguments):
+    *tensors, _, _, needs_grad, dtype = arguments
+    dtype = torch.promote_types(dtype or tensors[0].dtype, torch.float32)
+    return [
+        tensors[0].new_empty((), dtype=dtype),
+        *(torch.empty_like(tensor, dtype=dtype) for tensor in itertools.compress(tensors, needs_grad)),
+    ]
+
+
+def _save_gradients(ctx, inputs, output):
+    ctx.needs_grad, ctx.dtypes = inputs[8], [None if tensor is None else tensor.dtype for tensor in inputs[:6]]
+    ctx.save_for_backward(*output[1:])
+
+
+def _pass_gradients(ctx, output_grads):
+    gradients = iter(ctx.saved_tensors)
+    scaled = [
+        (next(gradients) * output_grads[0]).to(dtype) if needs_grad else None
+        for dtype, needs_grad in zip(ctx.dtypes, ctx.needs_grad, strict=True)
+    ]
+    return *scaled, None, None, None, None
+
+
+_linear_kl_op.register_autograd(_pass_gradients, setup_context=_save_gradients)

@@ -19,8 +19,8 @@ from ..known_fields import check_fields
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..stages import STAGES, missing_stage, stages_of, train_only, trained_parts
 from ..training_run import FROM_THE_HUB
-from ..visual_word_loss import embedding_rows
 from ..weights import check_shards
+from ..wrapped_weights import embedding_rows
 from .lora import for_language_model, parts_alone, skip_small_parts
 from .sft_config import VWLmmSFTConfig
 

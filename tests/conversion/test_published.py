@@ -67,7 +67,7 @@ def test_published_models_compute_what_the_published_code_does(published, batch)
         assert model(**inputs).vw_loss.item() == pytest.approx(figures[batch]["vw_loss_stage3"], rel=1e-5)
         hidden = model.model(**{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")})
         words = model.visual_words(inputs["pixel_values"]).flatten(0, 1)
-        _, positions = model.visual_word_loss(hidden, inputs["attention_mask"])
+        _, positions = model.visual_word_loss(hidden, image_mask, inputs["attention_mask"])
     model.config.visual_word_target = "visual_words"
     assert positions == figures[batch]["visual_positions_scored"]
     torch.testing.assert_close(words, tensors[f"{batch}.visual_words"][image_mask], rtol=1e-4, atol=1e-7)

@@ -14,5 +14,6 @@ CODE = {
         "modeling_vwlmm",
         "strict_loading",
         "visual_word_loss",
+        "wrapped_weights",
     )
 }
