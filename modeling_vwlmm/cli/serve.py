@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import describe
 from .errors import Parser
-from .shared import load
+from .shared import load, port
 
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", help="folder or repository; requests know it by the last part of its name")
     parser.add_argument("--adapter", help="folder or repository of an adapter of the model")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument("--port", type=port, default=8000, help="default: 8000")
     parser.add_argument("--image-folder", type=Path, help="let requests name the files below it, as file:PATH")
     arguments = parser.parse_args(argv)
     if arguments.image_folder is not None and not arguments.image_folder.is_dir():

@@ -1,5 +1,6 @@
 """What several verbs share."""
 
+import argparse
 import os
 import sys
 from collections.abc import Iterable
@@ -76,6 +77,13 @@ def open_pictures(paths: list[str]) -> "list[Image.Image]":
     from ..data.images import open_images
 
     return open_images({"images": [{"path": path, "bytes": None} for path in paths]})
+
+
+def port(text: str) -> int:
+    """A port that a server can listen on, for a parser: 0 is any that is free."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f'found "{text}", expected a number from 0 to 65535')
+    return int(text)
 
 
 def check_picture(parser: Parser, output: str | None, images: Iterable[str]) -> None:

@@ -37,7 +37,7 @@ def read_patches(model: VWLmmForCausalLM, processor: LlavaProcessor, image: Imag
     """
     inputs = question_about(processor, [image], "").to(model.device, model.dtype)
     outputs = model.model(**inputs)
-    image_mask = outputs.image_mask
+    image_mask = inputs["input_ids"] == model.config.image_token_id
     visual_words = model.model.visual_words(outputs.image_hidden_states[0])  # (patches, V)
     scored = scored_positions(image_mask, inputs.get("attention_mask"))[image_mask].tolist()
     # Position t is predicted from t - 1. What stands before the first one does not matter, as it is not scored
