@@ -119,6 +119,14 @@ def losses(nano):
     torch.testing.assert_close(out.vw_loss, vw_loss, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.loss, lm_loss + nano.model.config.visual_word_loss_weight * vw_loss)
     assert out.past_key_values is out.cache and out.past_key_values.get_seq_length() == is_image.shape[1]
+    # The rows one after another, without padding
+    kept = nano.batch["attention_mask"].bool()
+    positions = nano.batch["attention_mask"].cumsum(1) - 1
+    flat = {"input_ids": nano.batch["input_ids"], "labels": nano.labelled["labels"], "position_ids": positions}
+    flat = {name: tensor[kept][None] for name, tensor in flat.items()}
+    laid_out = nano.model(**flat, pixel_values=nano.batch["pixel_values"])
+    torch.testing.assert_close(laid_out.logits[0], out.logits[kept], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(laid_out.vw_loss, vw_loss, rtol=1e-4, atol=1e-5)
 
 
 @check

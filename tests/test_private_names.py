@@ -15,6 +15,7 @@ NAMES = {
     # torch
     "torch._C._autograd._get_current_graph_task_keep_graph": "gradients are overwritten only if the graph is freed",
     # transformers: models
+    "transformers.PreTrainedConfig._attn_implementation": "torch's attention is replaced with its own by samples",
     "transformers.PreTrainedModel._init_weights": "new projectors and VM heads start as a model's own layers do",
     "transformers.PreTrainedModel._no_split_modules": "FSDP wraps these layers, of which CLIP names some it has not",
     "transformers.PreTrainedModel._adjust_missing_and_unexpected_keys": "a model without a head loads one that has it",
@@ -60,6 +61,10 @@ NAMES = {
     "transformers.utils.chat_template_utils.render_jinja_template": "says where the assistant speaks",
     # transformers: the trainer
     "transformers.Trainer._finish_current_push": "the last push waits for those that run in the background",
+    "transformers.Trainer._get_eval_sampler": "samples are evaluated in order, also where training groups them",
+    "transformers.Trainer._get_train_sampler": "samples are grouped by our count of their tokens",
+    "transformers.Trainer._remove_unused_columns": "packed rows have the columns that others have",
+    "transformers.trainer_pt_utils.LengthGroupedSampler": "samples of about the same length share a batch",
     "transformers.Trainer._get_grad_norm": "a gradient that is not finite is refused before the step",
     "transformers.Trainer._get_output_dir": "a checkpoint is written elsewhere until it is whole",
     "transformers.Trainer._inner_training_loop": "a second try with a smaller batch has a log of its own",
@@ -86,6 +91,7 @@ NAMES = {
     "trl.data_utils.apply_chat_template": "prompts with completions are rendered as TRL does",
     "trl.data_utils.is_conversational": "tells conversations from text",
     "trl.data_utils.prepare_multimodal_messages": "images take their places in messages",
+    "trl.trainer.sft_trainer.DataCollatorForLanguageModeling": "rows without padding are laid out as TRL does",
     "trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling": "our collator but for labels and long rows",
     "trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling._collate_language_modeling": "messages are ours",
     "trl.trainer.utils.FusedCausalLMOutput": "our loss goes out beside TRL's",

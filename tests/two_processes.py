@@ -23,17 +23,21 @@ from modeling_vwlmm.trainer import VWLmmSFTTrainer
 
 
 LORA = {"r": 2, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+JOINT = {"stage": "joint", "trainable": ["projector", "language_model", "vm_head"]}
 CASES = {
     "align": ({"stage": "align"}, {}, None),
     "visual_words": ({"stage": "visual_words"}, {}, None),
-    "joint": ({"stage": "joint", "trainable": ["projector", "language_model", "vm_head"]}, {}, None),
+    "joint": (JOINT, {}, None),
     "joint-tied": ({"stage": "joint"}, {"llm": "qwen3-tied"}, None),
-    "joint-lora": ({"stage": "joint", "trainable": ["projector", "language_model", "vm_head"]}, {}, LORA),
+    "joint-lora": (JOINT, {}, LORA),
     "joint-lora-tied": ({"stage": "joint"}, {"llm": "qwen3-tied"}, LORA),
     "pseudo": ({"stage": "joint", "model_init_kwargs": {"pseudo_image_features": True}}, {}, None),
     "resumed": ({"stage": "joint"}, {}, None),
     "resumed-lora": ({"stage": "joint"}, {}, LORA),
     "accumulated": ({"stage": "joint", "gradient_accumulation_steps": 2, "max_steps": 2}, {}, None),
+    # As "joint", and 8 rows, of which two processes take as many as one
+    "padding-free": ({**JOINT, "padding_free": True}, {}, None),
+    "packed": ({**JOINT, "packing": True, "max_length": 33}, {}, None),
 }
 # Images a sample, two samples a process: in the first step the second process has text alone
 IMAGES = [(2, 1, 0, 0), (0, 1, 2, 1), (0, 0, 1, 2), (1, 1, 1, 0)]
@@ -104,7 +108,8 @@ def launch(kind, folder, *cases, options=()):
         processes = ["--num_processes", "2", "--main_process_port", "0"]
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), *processes, *options]
     command = [sys.executable, *launcher, __file__, kind, str(folder), *cases]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    cache = str(folder / "cache")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_DATASETS_CACHE": cache}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 

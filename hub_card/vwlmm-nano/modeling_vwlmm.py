@@ -25,7 +25,7 @@ from .compatibility import (
 from .configuration_vwlmm import VWLmmConfig, select_image_features
 from .image_token import ImageTokenGenerationMixin, add_image_token
 from .strict_loading import VWLmmPreTrainedModel, refuse_other_adapters
-from .visual_word_loss import scored_positions, select_scored, visual_word_loss
+from .visual_word_loss import sample_starts, scored_positions, select_scored, visual_word_loss
 from .wrapped_weights import embedding_rows, in_dtype_of, weight_and_bias
 
 
@@ -245,7 +245,7 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, ImageTokenGenerationMixin, LlavaFor
         return self.model.visual_words(self.model.project_images(pixel_values).image_hidden_states)
 
     def visual_word_loss(
-        self, outputs: VWLmmModelOutputWithPast, image_mask: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self, outputs: Any, image_mask: torch.Tensor, attention_mask: Any = None, position_ids: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The visual-word loss of a batch: the sum over the scored image positions, in nats, and their number.
 
@@ -255,7 +255,7 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, ImageTokenGenerationMixin, LlavaFor
         """
         hidden_states = outputs.last_hidden_state
         image_mask = image_mask.to(hidden_states.device)
-        positions = scored_positions(image_mask, attention_mask).to(hidden_states.device)
+        positions = scored_positions(image_mask, attention_mask, position_ids).to(hidden_states.device)
         # A model that is split across devices may have its features on another one
         image_features = outputs.image_hidden_states.flatten(0, 1).to(hidden_states.device)
         predicted_from, image_features, keep = select_scored(hidden_states, image_features, image_mask, positions)
@@ -296,13 +296,14 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, ImageTokenGenerationMixin, LlavaFor
             input_ids: of shape (B, T), `config.image_token_id` once a patch, images in the order of `pixel_values`.
             pixel_values: of shape (images, channels, height, width), any number of images a row.
             labels: of shape (B, T), aligned with `input_ids` and shifted inside. -100 and placeholders are ignored.
+            position_ids: of shape (B, T). Without attention_mask, a row may have several samples: `sample_starts`.
 
         Raises:
             ValueError: if the placeholders do not match the images.
         """
-        if past_key_values is not None:
-            kwargs["past_key_values"] = past_key_values
-        kwargs = name_cache(kwargs)
+        kwargs = name_cache(kwargs if past_key_values is None else {**kwargs, "past_key_values": past_key_values})
+        if (starts := None if labels is None else sample_starts(position_ids, attention_mask)) is not None:
+            kwargs["use_cache"] = False  # with a cache, transformers takes a row for one sample
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -321,11 +322,12 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, ImageTokenGenerationMixin, LlavaFor
             image_mask = self.model.image_mask(input_ids, inputs_embeds, outputs.image_hidden_states is not None)
             if image_mask is not None:
                 labels = labels.masked_fill(image_mask, -100)
+            labels = labels if starts is None else labels.masked_fill(starts, -100)
             loss = lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
             if self.config.visual_word_loss_weight and outputs.image_hidden_states is not None:
-                total, positions = self.visual_word_loss(outputs, image_mask, attention_mask)
+                total, positions = self.visual_word_loss(outputs, image_mask, attention_mask, position_ids)
                 mean = total / positions.clamp(min=1)
                 # A compiler cannot know the number of positions
                 vw_loss = mean if torch.compiler.is_compiling() or positions > 0 else None

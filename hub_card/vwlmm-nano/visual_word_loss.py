@@ -29,12 +29,28 @@ def check_loss_fields(visual_word_loss_weight: float | None = None, visual_word_
         raise ValueError(f"visual_word_loss_weight is {visual_word_loss_weight}, expected 0 or more")
 
 
-def scored_positions(image_mask: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The image positions t that the visual-word loss scores: those that something precedes.
+def sample_starts(
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Where the samples of a row without padding start, of shape (B, T) as `position_ids`, but not the first of a row.
+
+    They lie one after another where there is no attention mask and positions do not go on by one, which is how
+    transformers tells them apart. None where a row is one sample.
+    """
+    if position_ids is None or attention_mask is not None:
+        return None
+    return position_ids.diff(prepend=position_ids[:, :1] - 1) != 1
+
+
+def scored_positions(
+    image_mask: torch.Tensor, attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The image positions t that the visual-word loss scores: those that something of their sample precedes.
 
     Args:
         image_mask: of shape (B, T), true where a patch stands.
         attention_mask: of shape (B, T), 0 at padding, on either side.
+        position_ids: of shape (B, T), anew from each sample on where a row has several, see [`sample_starts`].
 
     Returns:
         A boolean mask of shape (B, T). Position t is predicted from position t - 1.
@@ -42,7 +58,8 @@ def scored_positions(image_mask: torch.Tensor, attention_mask: torch.Tensor | No
     preceded = torch.ones_like(image_mask) if attention_mask is None else attention_mask.bool().clone()
     preceded = preceded.roll(1, dims=1)
     preceded[:, 0] = False
-    return image_mask & preceded
+    starts = sample_starts(position_ids, attention_mask)
+    return image_mask & preceded if starts is None else image_mask & preceded & ~starts.to(preceded.device)
 
 
 def select_scored(

@@ -20,6 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from ..processing import IMAGE_PARTS
 from .images import open_images
 from .message_images import gather_images
+from .packing import lay_out
 
 
 logger = logging.get_logger(__name__)
@@ -27,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
-    """TRL's collator for images and text, which takes all of TRL's formats, with five differences.
+    """TRL's collator for images and text, which takes all of TRL's formats, with six differences.
 
     - With `assistant_only_loss` (the default here), the labels of `messages` are what the assistant says and the
       token that ends its turn. This holds for any chat template, with or without generation markers.
@@ -37,11 +38,14 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
     - Images may be paths. A file that cannot be read is an error that names its sample. With `skip_broken_images` it
       is a warning: the sample then has neither labels nor scored image positions, and `is_skipped` of shape (B,) marks
       it.
+    - With `padding_free`, the samples of a batch lie one after another, see [`lay_out`]. An example may be a list of
+      samples, as of [`PackedRows`].
     """
 
     assistant_only_loss: bool = True
     skip_broken_images: bool = False
     needs_labels: bool = True
+    padding_free: bool = False
 
     def __post_init__(self) -> None:
         processor: Any = self.processor
@@ -70,10 +74,43 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
             return template
         return template.replace(tokenizer.chat_template, marked)
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    @functools.cached_property
+    def patches_of_an_image(self) -> int:
+        """The number of placeholders of an image."""
+        processor: Any = self.processor
+        images = [PIL.Image.new("RGB", (32, 32))]
+        return processor(images=images, text=[self.image_marker])["input_ids"][0].count(self.image_token_id)
+
+    def token_count(self, example: dict[str, Any]) -> int:
+        """The length of an example's row, before `max_length` cuts it. Its images are counted, not opened."""
+        name = _sample_name(example)
+        example, images = self._placed(example, name)
+        example, texts = self._written(example, images, name)
+        tokenizer: Any = self.processor.tokenizer  # type: ignore[attr-defined]
+        adds_bos_token = "messages" in example and self._lacks_bos_token(texts[0])
+        tokens = sum(len(tokenizer(text, add_special_tokens=adds_bos_token)["input_ids"]) for text in texts)
+        return tokens + len(images) * (self.patches_of_an_image - 1)
+
+    def torch_call(self, examples: list[Any]) -> dict[str, Any]:
+        examples = [sample for row in examples for sample in (row if isinstance(row, list) else [row])]
         examples = [_numbered_by_worker(example) for example in examples]
         names = [_sample_name(example) for example in examples]
         examples = [self._prepare(example, name) for example, name in zip(examples, names, strict=True)]
+        if not self.padding_free:
+            return self._collate(examples, names)
+        is_skipped = torch.tensor([example["is_skipped"] for example in examples])
+        kept = [(example, name) for example, name in zip(examples, names, strict=True) if not example["is_skipped"]]
+        tokenizer = self.processor.tokenizer  # type: ignore[attr-defined]
+        if kept:
+            batch = self._collate(*map(list, zip(*kept, strict=True)))
+        else:  # two tokens, because a row of one token is taken for one that was generated
+            ids = torch.full((1, 2), tokenizer.pad_token_id)
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
+        batch = lay_out(batch, tokenizer.pad_token_id, self.pad_to_multiple_of)
+        return {**batch, "is_skipped": is_skipped} if self.skip_broken_images else batch
+
+    def _collate(self, examples: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+        """The batch of examples that are ready, a row each, with padding."""
         batch = super().torch_call(examples)
         batch["labels"][batch["input_ids"] == self.image_token_id] = -100
         if self.max_row_length is not None:
@@ -92,6 +129,20 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
 
     def _prepare(self, example: dict[str, Any], name: str) -> dict[str, Any]:
         """The example with its images opened and its conversation rendered."""
+        example, images = self._placed(example, name)
+        example["is_skipped"] = False
+        try:
+            images = open_images({**example, "images": images})
+        except ValueError as error:
+            if not self.skip_broken_images:
+                raise
+            logger.warning(f"skipped: {error}")
+            example["is_skipped"] = True
+            images = [PIL.Image.new("RGB", (32, 32)) for _ in images]
+        return self._written(example, images, name)[0]
+
+    def _placed(self, example: dict[str, Any], name: str) -> tuple[dict[str, Any], list[Any]]:
+        """The example with a bare part for each of its images, and the images in that order."""
         example = dict(example)
         images = [example.pop("image")] if "image" in example else example.get("images") or []
         images = [image for image in images if image is not None]
@@ -101,15 +152,14 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
                 example[conversation], images = gather_images(example[conversation], images, self.image_marker)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        example["is_skipped"] = False
-        try:
-            example["images"] = open_images({**example, "images": images})
-        except ValueError as error:
-            if not self.skip_broken_images:
-                raise
-            logger.warning(f"skipped: {error}")
-            example.update(is_skipped=True, images=[PIL.Image.new("RGB", (32, 32)) for _ in images])
-        texts = [example.get(field) for field in ("prompt", "completion", self.dataset_text_field)]
+        return example, images
+
+    def _written(self, example: dict[str, Any], images: list[Any], name: str) -> tuple[dict[str, Any], list[str]]:
+        """The example with these images and its conversation rendered, and the texts that its row is made of."""
+        example = {**example, "images": images}
+        is_text = self.dataset_text_field in example  # which TRL reads, whatever else there is
+        fields = (self.dataset_text_field,) if is_text else ("prompt", "completion")
+        texts = [example.get(field) for field in fields]
         try:
             if "messages" in example:
                 example["rendered"] = self._render(example)
@@ -126,16 +176,21 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
                 texts = list(rendered.values())
         except (ValueError, TemplateError) as error:
             raise ValueError(f"{name}: {error}") from error
-        count = len(example["images"])
-        markers = sum(text.count(self.image_marker) for text in texts if isinstance(text, str))
+        count = len(images)
+        texts = [text for text in texts if isinstance(text, str)]
+        markers = sum(text.count(self.image_marker) for text in texts)
         if markers != count:
             raise ValueError(f"{name} has {count} image(s), but {markers} {self.image_marker} markers")
-        return example
+        return example, texts
+
+    def _lacks_bos_token(self, text: str) -> bool:
+        bos_token = self.processor.tokenizer.bos_token  # type: ignore[attr-defined]
+        return bos_token is None or not text.startswith(bos_token)
 
     def _adds_bos_token(self, text: str) -> bool:
         """Whether the tokenizer is to add a beginning-of-sequence token, because the template wrote none."""
         tokenizer = self.processor.tokenizer
-        if tokenizer.bos_token is None or text.startswith(tokenizer.bos_token):
+        if tokenizer.bos_token is None or not self._lacks_bos_token(text):
             return False
         return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
@@ -160,7 +215,6 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
             return super()._collate_language_modeling(examples)
         texts, spans = zip(*(example["rendered"] for example in examples), strict=True)
         images = [example["images"] for example in examples]
-        bos_token = self.processor.tokenizer.bos_token
         batch = self.processor(
             images=images if any(images) else None,
             text=list(texts),
@@ -168,7 +222,7 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
             # The published templates lack a beginning-of-sequence token, so the tokenizer has to add it
-            add_special_tokens=bos_token is None or not texts[0].startswith(bos_token),
+            add_special_tokens=self._lacks_bos_token(texts[0]),
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
             return_tensors=self.return_tensors,

@@ -19,18 +19,27 @@ def data_fingerprint(dataset: Any) -> dict[str, Any] | None:
     """
     if not isinstance(dataset, Dataset):
         return None
-    pictures = [name for name, feature in dataset.features.items() if _is_image(feature)]
-    arrow: Any = dataset.with_format("arrow")
-    values = xxhash.xxh3_128()
-    for table in arrow.remove_columns(pictures).iter(batch_size=1000):
-        for batch in table.combine_chunks().to_batches():
-            values.update(pa.RecordBatch.from_arrays(batch.columns, names=batch.schema.names).serialize())
+    pictures = image_columns(dataset)
     images = {}
     if pictures:
-        arrow = arrow.select_columns(pictures)
+        arrow: Any = dataset.with_format("arrow").select_columns(pictures)
         for row in range(0, len(dataset), -(-len(dataset) // SAMPLED)):
             images[str(row)] = _hash_of_images(arrow[row].to_pylist()[0].values())
-    return {"rows": len(dataset), "values": values.hexdigest(), "images": images}
+    return {"rows": len(dataset), "values": hash_of_values(dataset), "images": images}
+
+
+def hash_of_values(dataset: Dataset) -> str:
+    """A hash of all of a data set that is no image."""
+    values, arrow = xxhash.xxh3_128(), dataset.with_format("arrow").remove_columns(image_columns(dataset))
+    for table in arrow.iter(batch_size=1000):
+        for batch in table.combine_chunks().to_batches():
+            values.update(pa.RecordBatch.from_arrays(batch.columns, names=batch.schema.names).serialize())
+    return values.hexdigest()
+
+
+def image_columns(dataset: Dataset) -> list[str]:
+    """The names of the columns that hold an image or a list of them."""
+    return [name for name, feature in dataset.features.items() if _is_image(feature)]
 
 
 def what_changed(before: dict[str, Any], now: dict[str, Any]) -> str | None:

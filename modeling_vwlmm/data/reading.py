@@ -91,8 +91,8 @@ class ReadingCollator(VWLmmDataCollator):
         self.grid = patch_grid(processor, self.patches)
         self.background = background_tokens(processor.tokenizer)
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call(examples)
+    def _collate(self, examples: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+        batch = super()._collate(examples, names)
         batch.pop("pixel_values", None)
         order = random.Random(f"{self.seed} {zlib.crc32(batch['input_ids'].numpy().tobytes())}")
         tokenizer = self.processor.tokenizer  # type: ignore[attr-defined]

@@ -58,8 +58,8 @@ def add_visual_word_loss(model: VWLmmForCausalLM) -> None:
         with maybe_gather_lm_head_ctx(self.lm_head.weight, self.model.vm_head.weight):
             input_ids = args[0] if args else kwargs.get("input_ids")
             image_mask = self.model.image_mask(input_ids, kwargs.get("inputs_embeds"), has_images=True)
-            attention_mask = kwargs.get("attention_mask")
-            vw_loss_sum, vw_positions = self.visual_word_loss(backbone_outputs[0], image_mask, attention_mask)
+            masks = image_mask, kwargs.get("attention_mask"), kwargs.get("position_ids")
+            vw_loss_sum, vw_positions = self.visual_word_loss(backbone_outputs[0], *masks)
         return FusedVWLmmOutput(**outputs, vw_loss_sum=vw_loss_sum, vw_positions=vw_positions)
 
     model.forward = types.MethodType(forward, model)

@@ -97,6 +97,8 @@ class VWLmmSFTConfig(SFTConfig):
             raise ValueError(f"trainable is {self.trainable}, expected one or more of {', '.join(PARTS)}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}, expected 1 or more, or null for rows of any length")
+        if self.packing and self.max_length is None:
+            raise ValueError("packing fills rows of max_length tokens, and max_length is null: give a number")
         check_loss_fields(self.visual_word_loss_weight, self.visual_word_target)
 
     def check_amount(self, rows: int | None = None) -> None:

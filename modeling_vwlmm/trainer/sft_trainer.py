@@ -23,6 +23,7 @@ from ..modeling_vwlmm import VWLmmForCausalLM
 from ..stages import trained_parts
 from ..training_run import describe_run, fingerprint, read_training_run, write_training_run
 from ..visual_word_loss import scored_positions
+from .batches import PackedBatches, check_batches, collator_of
 from .checkpoints import WholeCheckpoints
 from .fused_head import add_visual_word_loss
 from .hub_mixin import HubMixin
@@ -37,13 +38,14 @@ from .model import (
     trains_only_the_vm_head,
 )
 from .reach import freeze_biases_outside
+from .sample_attention import attend_by_sample
 from .sft_config import VWLmmSFTConfig
 
 
 logger = logging.get_logger(__name__)
 
 
-class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
+class VWLmmSFTTrainer(WholeCheckpoints, PackedBatches, HubMixin, SFTTrainer):
     """TRL's [`~trl.SFTTrainer`] with the visual-word loss added to its own.
 
     With lambda the model config's `visual_word_loss_weight`, the loss is TRL's plus lambda times the mean of the
@@ -112,7 +114,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
                     base_model.config.name_or_path, trust_remote_code=False, **hub
                 )
         # TRL's own pipeline for text tokenizes beforehand, and is used where it is asked for
-        is_text = args.packing or args.padding_free or kwargs.get("formatting_func") is not None
+        is_text = kwargs.get("formatting_func") is not None
         # Another collator gets its rows as they are, with images that are open
         is_ours = data_collator is None or isinstance(data_collator, VWLmmDataCollator)
         self._numbers_samples = isinstance(processing_class, ProcessorMixin) and is_ours and not is_text
@@ -125,12 +127,19 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             # TRL's default elsewhere: it looks for markers in the template, and a function makes texts without turns
             makes_texts = kwargs.get("formatting_func") is not None or not isinstance(processing_class, ProcessorMixin)
             args.assistant_only_loss = "messages" in columns and is_ours and not makes_texts
-        if data_collator is None and self._numbers_samples and {"image", "images"} & set(columns):
-            data_collator = _collator_of(args, processing_class, columns, base_model.config)
+        asked = args.packing, args.padding_free
+        has_images = bool({"image", "images"} & set(columns))
+        if has_images:
+            adapter = model.active_peft_config if is_peft_model(model) else peft_config
+            check_batches(args, train_dataset, data_collator, adapter)
+        if data_collator is None and self._numbers_samples and has_images:
+            data_collator = collator_of(args, processing_class, columns, base_model.config)
+            # TRL would refuse both, which the collator sees to
+            self._packs, args.packing, args.padding_free = args.packing, False, False
         elif not is_ours:
             data_collator = OtherCollator(data_collator, base_model.config.image_token_id)
         if args.stage == "read" and not isinstance(data_collator, ReadingCollator):
-            raise ValueError('stage "read" makes its own batches: leave out packing, padding_free and data_collator')
+            raise ValueError('stage "read" makes its own batches: leave out data_collator and formatting_func')
         if args.projector_from_words:
             start_projector(model, args, processing_class, train_dataset)
         if isinstance(data_collator, VWLmmDataCollator):
@@ -150,6 +159,9 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        args.packing, args.padding_free = asked
+        if getattr(self.data_collator, "padding_free", False):
+            attend_by_sample(base_model)
         if peft_config is not None:
             freeze_biases_outside(self.model, peft_config)
         self._eval_sums: dict[str, float] = defaultdict(float)
@@ -172,7 +184,8 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         add_visual_word_loss(base_model)
 
     def train(self, *args, **kwargs):
-        self.args.check_amount(len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None)
+        rows = self.packed_rows if self._packs else self.train_dataset
+        self.args.check_amount(None if isinstance(rows, IterableDataset) else len(rows))
         return super().train(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self):
@@ -217,7 +230,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         collator, dataset = self.data_collator, number_samples(test_dataset) if self._numbers_samples else test_dataset
         if isinstance(collator, VWLmmDataCollator):  # what is to be predicted may lack answers
             self.data_collator = copy.copy(collator)
-            self.data_collator.needs_labels = False
+            self.data_collator.needs_labels = self.data_collator.padding_free = False  # a prediction is of a row
         try:
             return super().get_test_dataloader(dataset)
         finally:
@@ -227,7 +240,9 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         image_token_id = self.model.config.image_token_id
         positions = sum(
-            scored_positions(batch["input_ids"] == image_token_id, batch.get("attention_mask")).sum()
+            scored_positions(
+                batch["input_ids"] == image_token_id, batch.get("attention_mask"), batch.get("position_ids")
+            ).sum()
             for batch in batch_samples
         )
         positions = torch.as_tensor(positions, device=device)
@@ -314,30 +329,6 @@ class VWLmmSFTTrainer(WholeCheckpoints, HubMixin, SFTTrainer):
         if sums:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in losses.items()})
         return output
-
-
-def _collator_of(args, processor, columns, config):
-    tokenizer = processor.tokenizer
-    if args.pad_token is not None and args.pad_token not in tokenizer.get_vocab():
-        raise ValueError(
-            f'pad_token is "{args.pad_token}", expected a token of the vocabulary of {type(processor).__name__}'
-        )
-    tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
-    kind, own = VWLmmDataCollator, {}
-    if args.stage == "read":
-        if "messages" not in columns:
-            raise ValueError(f'stage "read" takes conversations, a column messages: found {", ".join(columns)}')
-        kind, own = ReadingCollator, {"patches": config.image_seq_length, "seed": args.seed}
-    return kind(
-        **own,
-        processor=processor,
-        max_length=args.max_length,
-        completion_only_loss="prompt" in columns and args.completion_only_loss is not False,
-        pad_to_multiple_of=args.pad_to_multiple_of,
-        dataset_text_field=args.dataset_text_field,
-        assistant_only_loss=args.assistant_only_loss,
-        skip_broken_images=args.skip_broken_images,
-    )
 
 
 __all__ = ["VWLmmSFTTrainer"]

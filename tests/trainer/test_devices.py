@@ -27,6 +27,18 @@ def runs(tmp_path_factory):
     return folder, {kind: launch(kind, folder) for kind in ("one", *KINDS)}
 
 
+@pytest.mark.parametrize("kind", ["one", *KINDS])
+def test_training_without_padding_is_that_with_it(runs, kind):
+    padded, found = (
+        json.loads((runs[0] / name / case / "trainer_state.json").read_text())["log_history"]
+        for name, case in (("one", "joint"), (kind, "padding-free"))
+    )
+    assert len(found) == len(padded) > 4
+    for log, expected in zip(found, padded, strict=True):
+        for name in expected.keys() & {"lm_loss", "vw_loss", "num_tokens", "eval_lm_loss", "eval_vw_loss"}:
+            assert log[name] == pytest.approx(expected[name], abs=1e-5, rel=1e-5), (log["step"], name)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_what_one_does(runs, case, kind):

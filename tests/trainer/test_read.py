@@ -18,7 +18,7 @@ ROWS = [sample("owl bird"), sample("cow animal", images=2), sample("owl animal")
 ALIGN = {"stage": "align", "projector_from_words": True}
 
 
-def trainer_of(folder, model=None, rows=ROWS, peft_config=None, **settings):
+def trainer_of(folder, model=None, rows=ROWS, peft_config=None, formatting_func=None, **settings):
     model = model or tiny_model()
     return VWLmmSFTTrainer(
         model,
@@ -26,6 +26,7 @@ def trainer_of(folder, model=None, rows=ROWS, peft_config=None, **settings):
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=reading_processor(model.config),
         peft_config=peft_config,
+        formatting_func=formatting_func,
     )
 
 
@@ -112,7 +113,7 @@ def test_the_projector_that_started_from_words_is_saved(tmp_path, settings):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"stage": "read", "packing": True}, "makes its own batches"),
+        ({"stage": "read", "formatting_func": str}, "makes its own batches"),
         ({"stage": "instruct", "trainable": ["language_model"], "projector_from_words": True}, "has to be among"),
         ({**ALIGN, "rows": [sample("heron")]}, "no word that is one token"),
         (
@@ -120,7 +121,7 @@ def test_the_projector_that_started_from_words_is_saved(tmp_path, settings):
             "messages",
         ),
     ],
-    ids=["packing", "projector-rests", "no-word", "no-messages"],
+    ids=["formatted", "projector-rests", "no-word", "no-messages"],
 )
 def test_what_cannot_be_read(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
