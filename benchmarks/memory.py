@@ -22,11 +22,11 @@ from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, PreTraine
 from trl import TrlParser
 
 from modeling_vwlmm import VWLmmConfig, VWLmmForCausalLM
-from modeling_vwlmm.cli.train import TrainArguments
+from modeling_vwlmm.arguments import LoraArguments, TrainArguments
 from modeling_vwlmm.processing import make_processor, read_chat_template
 from modeling_vwlmm.stages import STAGES, train_only
 from modeling_vwlmm.trainer import VWLmmSFTConfig, VWLmmSFTTrainer
-from modeling_vwlmm.trainer.lora import NOT_QUANTIZED, LoraArguments, for_language_model
+from modeling_vwlmm.trainer.lora import NOT_QUANTIZED, for_language_model
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"

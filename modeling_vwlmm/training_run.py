@@ -5,7 +5,7 @@ import os
 import platform
 import re
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -98,7 +98,7 @@ def describe_run(
     peft_config: "PeftConfig | None" = None,
     base_fingerprint: str | None = None,
     stage: str | None = None,
-    dataset: str | None = None,
+    dataset: str | list[str] | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The record of one stage.
@@ -111,7 +111,7 @@ def describe_run(
         peft_config: of the adapter, if one is trained.
         base_fingerprint: of the model that the stage starts from, see [`fingerprint`].
         stage: what it is called, if it is none of `STAGES`.
-        dataset: its name, as given.
+        dataset: its name, as given; the names of several, whose shares are in the recipe.
         recipe: the fields that were given.
     """
     return {
@@ -136,6 +136,8 @@ def device_name(args: "TrainingArguments") -> str:
 
 def _plain(value: Any) -> Any:
     """The value as JSON has it, without tokens and passwords."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = given_fields(value)
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items() if not _SECRET.search(str(key))}
     if isinstance(value, (list, tuple)):

@@ -97,11 +97,13 @@ NAMES = {
     "trl.trainer.utils.FusedCausalLMOutput": "our loss goes out beside TRL's",
     "trl.trainer.utils.create_model_from_path": "a model given by its name is loaded as TRL does",
     "trl.trainer.utils.maybe_gather_lm_head_ctx": "under ZeRO-3 the heads are gathered as TRL does",
+    "trl.scripts.utils.DatasetConfig": "an entry of a mixture, to which ours adds a folder of images",
     # datasets
     "datasets.Dataset._indices": "columns are added below the order of a shuffled dataset, which is not written anew",
     "datasets.ArrowBasedBuilder._generate_tables": "what a builder of one's own makes",
     "datasets.ArrowBasedBuilder._info": "the columns of it",
     "datasets.ArrowBasedBuilder._split_generators": "the splits of it",
+    "datasets.IterableDataset._resolve_features": "the columns of a stream whose files do not say them",
     # PEFT
     "peft.utils.constants.DUMMY_TARGET_MODULES": "an adapter that trains whole parts and adapts no layer",
     "peft.utils.ModulesToSaveWrapper": "what trains whole beside an adapter, kept in float32",

@@ -1,6 +1,8 @@
 """Compares the values of a recipe with the types of the fields that they are given to."""
 
+import difflib
 import types
+from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -34,7 +36,28 @@ def check_values(source: str, values: dict[str, Any], kinds: tuple[type, ...]) -
             found = found if len(found) <= 80 else f"{found[:77]}..."
             raise ValueError(f"{source}: {name} is {found}, expected {expected}")
         checked[name] = value
+        item = next((arg for arg in get_args(hint) if is_dataclass(arg)), None)
+        if isinstance(item, type):  # a list of them
+            for i, fields_of_item in enumerate(value):
+                if isinstance(fields_of_item, dict):
+                    _check_item(f"{source}: {name}[{i}]", fields_of_item, item)
     return checked
+
+
+def _check_item(source: str, values: dict[str, Any], kind: type) -> None:
+    check_names(source, values, [known.name for known in fields(kind)])
+    for known in fields(kind):
+        if known.default is MISSING and known.default_factory is MISSING and known.name not in values:
+            raise ValueError(f"{source}: {known.name} is missing, expected {_spelt(get_type_hints(kind)[known.name])}")
+    check_values(source, values, (kind,))
+
+
+def check_names(source: str, values: dict[str, Any], known: list[str]) -> None:
+    """`ValueError` for a field that there is not, with the one that may be meant."""
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise ValueError(f'{source}: unknown field "{name}"' + (f', is "{close[0]}" meant?' if close else ""))
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -51,6 +74,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, str) if hint is int else (int, float, str)) and not isinstance(value, bool)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return isinstance(value, (str, hint))
+    if is_dataclass(hint):
+        return isinstance(value, (dict, str, hint))  # type: ignore[arg-type]  # it is a class
     kind = origin or hint
     return not isinstance(kind, type) or isinstance(value, kind)
 
@@ -63,6 +88,6 @@ def _spelt(hint: Any) -> str:
         return " or ".join(map(repr, args))
     if origin is list or hint is list:
         return "a list" + (f", each {_spelt(args[0])}" if args else "")
-    if origin is dict or hint is dict:
+    if origin is dict or hint is dict or is_dataclass(hint):
         return "a mapping"
     return "a text" if isinstance(hint, type) and issubclass(hint, Enum) else _SPELT.get(hint, str(hint))

@@ -1,54 +1,40 @@
 """`vwlmm train`: trains a model as a recipe says."""
 
 import contextlib
-import difflib
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..files import reading
 from .errors import Parser, check_texts
-from .field_types import check_values
+from .field_types import check_names, check_values
 from .shared import existing
 
 
 if TYPE_CHECKING:
+    from ..arguments import LoraArguments, MixedDataset, MixtureArguments, TrainArguments
     from ..trainer import VWLmmSFTConfig, VWLmmSFTTrainer
-    from ..trainer.lora import LoraArguments
 
 SUMMARY = "train a model, as a recipe says"
 EXAMPLE = "vwlmm train --config recipes/stage2_instruct.yaml --learning_rate 1e-5"
 LONGEST_RECIPE = 10_000  # values
 
 
-@dataclass
-class TrainArguments:
-    """What a recipe trains on, beside the fields of [`VWLmmSFTConfig`]."""
-
-    model: str = field(metadata={"help": "Folder or repository of the model to start from."})
-    dataset: str = field(
-        metadata={
-            "help": "A .json or .jsonl file in LLaVA's format, with image_folder; easy-vqa/caption, "
-            "easy-vqa/conversation or easy-vqa/shuffled-conversation; or a dataset in TRL's vision format, its "
-            "repository or a folder written by `Dataset.save_to_disk`."
-        }
-    )
-    image_folder: str | None = field(default=None, metadata={"help": "Folder of the images that a data file names."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    eval_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Dataset to evaluate on, named in the same ways, with the same image_folder."},
-    )
-    eval_split: str = field(default="test", metadata={"help": "Split of the eval_dataset."})
-
-
 def main(argv: list[str]) -> None:
-    arguments, config, lora, recipe = _parse(argv)
+    if {"-h", "--help", "--help-all"} & set(argv):
+        _print_help("--help-all" in argv)
+        sys.exit(0)
+    arguments, mixture, config, lora, recipe = _parse(argv)
     config.check_amount()
-    with _own_folder(arguments, config, recipe):
-        trainer = _load(arguments, config, lora, recipe)
+    datasets = _datasets_of(arguments, mixture, config)
+    sources = {"model": arguments.model, "eval_dataset": arguments.eval_dataset}
+    for i, entry in enumerate(datasets):
+        where = "" if arguments.dataset is not None else f"datasets[{i}]: "
+        sources |= {f"{where}dataset": entry.path, f"{where}image_folder": entry.image_folder}
+    with _own_folder(sources, config, recipe):
+        trainer = _load(arguments, mixture, datasets, config, lora, recipe)
         is_finished, checkpoint = _resume(trainer)
         if not is_finished:
             _run(trainer, checkpoint)
@@ -56,25 +42,48 @@ def main(argv: list[str]) -> None:
             _push(trainer)
 
 
-def _parse(argv: list[str]) -> "tuple[TrainArguments, VWLmmSFTConfig, LoraArguments, dict[str, Any]]":
-    """The arguments of the run, and those of them that the recipe or the command line names, for its record."""
+def _parser_of(kinds: tuple[type, ...], **kwargs: Any) -> Any:
     from trl import TrlParser
 
     class RecipeParser(Parser, TrlParser):
         pass
 
-    from ..trainer import VWLmmSFTConfig
-    from ..trainer.lora import LoraArguments
-    from ..training_run import given_fields
+    return RecipeParser(kinds, prog="vwlmm train", allow_abbrev=False, **kwargs)
 
-    recipe_parser = Parser(prog="vwlmm train", add_help=False, allow_abbrev=False)
-    recipe_parser.add_argument(
+
+def _recipe_parser() -> Parser:
+    parser = Parser(prog="vwlmm train", add_help=False, allow_abbrev=False)
+    parser.add_argument(
         "--config", metavar="RECIPE", help="the recipe, a YAML file of the fields below; arguments override it"
     )
-    kinds = (TrainArguments, VWLmmSFTConfig, LoraArguments)
-    parser = RecipeParser(
-        kinds, prog="vwlmm train", allow_abbrev=False, parents=[recipe_parser], epilog=f"example: {EXAMPLE}"
-    )
+    return parser
+
+
+def _print_help(with_all: bool) -> None:
+    """The fields that this package adds, which needs no torch: with TRL's, the import would take seconds."""
+    from ..arguments import LoraArguments, MixtureArguments, TrainArguments, VWLmmArguments
+
+    kinds = (TrainArguments, MixtureArguments, VWLmmArguments, LoraArguments)
+    epilog = f"Fields of TRL's SFTConfig can be given too: vwlmm train --help-all; example: {EXAMPLE}"
+    usage = "vwlmm train --config RECIPE [--FIELD VALUE ...]"
+    print(_parser_of(kinds, usage=usage, parents=[_recipe_parser()], epilog=epilog).format_help())
+    if with_all:
+        from trl import SFTConfig
+
+        print(_parser_of((SFTConfig,), usage="and the fields of TRL's SFTConfig", add_help=False).format_help())
+
+
+def _parse(
+    argv: list[str],
+) -> "tuple[TrainArguments, MixtureArguments, VWLmmSFTConfig, LoraArguments, dict[str, Any]]":
+    """The arguments of the run, and those of them that the recipe or the command line names, for its record."""
+    from ..arguments import LoraArguments, MixtureArguments, TrainArguments
+    from ..trainer import VWLmmSFTConfig
+    from ..training_run import given_fields
+
+    recipe_parser = _recipe_parser()
+    kinds = (TrainArguments, MixtureArguments, VWLmmSFTConfig, LoraArguments)
+    parser = _parser_of(kinds, parents=[recipe_parser])
     named = {part[2:].split("=")[0].replace("-", "_") for part in argv if part.startswith("--")}
     named |= {name.removeprefix("no_") for name in named}
     path = recipe_parser.parse_known_args(argv)[0].config
@@ -85,7 +94,7 @@ def _parse(argv: list[str]) -> "tuple[TrainArguments, VWLmmSFTConfig, LoraArgume
         named |= recipe.keys()
     source = path or "the command line"
     try:
-        arguments, config, lora, *_ = parser.parse_args_into_dataclasses(argv)
+        arguments, mixture, config, lora, *_ = parser.parse_args_into_dataclasses(argv)
     except (TypeError, AttributeError) as error:  # of transformers, on what a mapping of the right type holds
         raise ValueError(f"{source}: {error}") from error
     for name in ("model", "dataset", "eval_dataset", "image_folder"):
@@ -94,9 +103,31 @@ def _parse(argv: list[str]) -> "tuple[TrainArguments, VWLmmSFTConfig, LoraArgume
     mappings = {known.name: getattr(config, known.name) for known in fields(config) if known.name.endswith("_kwargs")}
     check_values(source, mappings, kinds)
     recorded: dict[str, Any] = {}
-    for part in (arguments, config, lora):
+    for part in (arguments, mixture, config, lora):
         recorded |= given_fields(part, named)
-    return arguments, config, lora, recorded
+    return arguments, mixture, config, lora, recorded
+
+
+def _datasets_of(
+    arguments: "TrainArguments", mixture: "MixtureArguments", config: "VWLmmSFTConfig"
+) -> "list[MixedDataset]":
+    """The data sets that the recipe names."""
+    from ..arguments import MixedDataset
+
+    if (arguments.dataset is None) == (not mixture.datasets):
+        raise ValueError("expected the data as dataset, or several as datasets, and not both")
+    datasets = mixture.datasets
+    if arguments.dataset is not None:
+        given = {"image_folder": arguments.image_folder, "split": arguments.dataset_split}
+        datasets = [MixedDataset(path=arguments.dataset, **given)]
+    names = ", ".join(entry.path for entry in datasets)
+    if mixture.streaming and config.max_steps < 1:
+        raise ValueError(f"streaming {names} takes max_steps, for how many rows come is not known before")
+    if mixture.streaming and mixture.test_split_size:
+        raise ValueError(f"streaming {names} leaves nothing to test_split_size: name an eval_dataset")
+    if arguments.eval_dataset is not None and mixture.test_split_size:
+        raise ValueError("expected an eval_dataset or a test_split_size, and not both")
+    return datasets
 
 
 def _read_recipe(path: str, known: list[str]) -> dict[str, Any]:
@@ -115,10 +146,7 @@ def _read_recipe(path: str, known: list[str]) -> dict[str, Any]:
     environment = recipe.pop("env", {})
     if not isinstance(environment, dict):
         raise ValueError(f"{path}: env is {environment!r}, expected a mapping of variables to values")
-    for name in recipe:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), [*known, "env"], n=1)
-            raise ValueError(f'{path}: unknown field "{name}"' + (f', is "{close[0]}" meant?' if close else ""))
+    check_names(path, recipe, [*known, "env"])
     os.environ.update({str(name): str(value) for name, value in environment.items()})
     return recipe
 
@@ -140,7 +168,7 @@ def _texts_of(value: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _own_folder(arguments: TrainArguments, config: "VWLmmSFTConfig", recipe: dict[str, Any]) -> Iterator[None]:
+def _own_folder(sources: dict[str, str | None], config: "VWLmmSFTConfig", recipe: dict[str, Any]) -> Iterator[None]:
     """Refuse a folder that is another's before anything is read, and keep others out of it until the end."""
     from ..trainer.checkpoints import last_checkpoint
     from ..trainer.lock import locked
@@ -152,25 +180,35 @@ def _own_folder(arguments: TrainArguments, config: "VWLmmSFTConfig", recipe: dic
         if asked_for == "false" and (last := last_checkpoint(folder)):
             raise ValueError(f"{last} is there: to start anew, remove it or name another output_dir")
         if asked_for in ("none", "false"):
-            sources = {name: getattr(arguments, name) for name in ("model", "dataset", "image_folder", "eval_dataset")}
             check_output_dir(folder, sources, recipe)
         yield
 
 
 def _load(
-    arguments: TrainArguments, config: "VWLmmSFTConfig", lora: "LoraArguments", recipe: dict[str, Any]
+    arguments: "TrainArguments",
+    mixture: "MixtureArguments",
+    datasets: "list[MixedDataset]",
+    config: "VWLmmSFTConfig",
+    lora: "LoraArguments",
+    recipe: dict[str, Any],
 ) -> "VWLmmSFTTrainer":
     """The trainer, with its model and data."""
     import torch
     from transformers import get_scheduler
 
     from ..data.load import load_dataset
+    from ..data.mixture import load_mixture
     from ..trainer import VWLmmSFTTrainer
 
-    dataset = load_dataset(arguments.dataset, arguments.image_folder, arguments.dataset_split)
+    dataset: Any = load_mixture(datasets, mixture.streaming, config.seed, config.dataset_text_field)
+    if mixture.streaming and config.shuffle_dataset:  # whole data sets are shuffled as they are read
+        dataset = dataset.shuffle(config.seed)
     eval_dataset = None
     if arguments.eval_dataset is not None:
         eval_dataset = load_dataset(arguments.eval_dataset, arguments.image_folder, arguments.eval_split)
+    elif mixture.test_split_size:
+        parts = dataset.train_test_split(mixture.test_split_size, seed=config.seed)
+        dataset, eval_dataset = parts["train"], parts["test"]
     if config.lr_scheduler_kwargs:  # training itself would find out at its start
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
         with reading(f"lr_scheduler_kwargs {config.lr_scheduler_kwargs}"):
@@ -183,7 +221,7 @@ def _load(
             eval_dataset=eval_dataset,
             peft_config=lora.peft_config(),
             quantization_config=lora.quantization_config(torch.bfloat16 if config.bf16 else torch.float32),
-            run_record={"dataset": arguments.dataset, "recipe": recipe},
+            run_record={"dataset": arguments.dataset or [entry.path for entry in datasets], "recipe": recipe},
         )
     except RuntimeError as error:
         if "to be installed" not in str(error):

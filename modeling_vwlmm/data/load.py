@@ -8,49 +8,107 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, LargeList, List, config, load_from_disk
-from datasets import load_dataset as load_from_hub
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    LargeList,
+    List,
+    Value,
+    config,
+    load_from_disk,
+)
+from datasets import load_dataset as load_files
 from huggingface_hub import constants
 
+from ..files import reading
 from .conversations import load_conversations
 from .easy_vqa import easy_vqa
-from .paths import check_paths
+from .paths import check_paths, check_row
 
 
-def load_dataset(name: str, image_folder: str | os.PathLike | None = None, split: str = "train") -> Dataset:
+SHARDS = 64  # of a stream of Arrow, which the workers of a loader share
+_STATE = config.DATASET_STATE_JSON_FILENAME
+
+
+def load_dataset(
+    name: str,
+    image_folder: str | os.PathLike | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    **options: Any,
+) -> Any:
     """Load the dataset that a recipe names.
 
     Args:
-        name: one of `easy-vqa/TASK`, a data file of LLaVA's (.json, .jsonl), a folder of `save_to_disk`, or a
-            repository.
+        name: one of `easy-vqa/TASK`, a data file of LLaVA's (.json, .jsonl), a folder of `save_to_disk` or of files
+            that `datasets` reads (parquet for example), or a repository.
         image_folder: the folder of the images, for a data file, or for a folder that holds their paths alone.
         split: the part of the data set that is loaded. A data file has none.
+        streaming: whether to return an `IterableDataset`, of whose rows none is read before it is needed. What is on
+            this machine as Arrow already is checked as a whole before.
+        options: more arguments of `datasets.load_dataset`, for files that it reads.
+
+    Returns:
+        A `Dataset`, or an `IterableDataset` if it is to be streamed.
 
     Raises:
         ValueError: the name needs a package, an image folder or a split that is missing, or rows name images of other
             places.
     """
-    if name.startswith("easy-vqa/"):
+    is_saved = any(Path(name, marker).is_file() for marker in (config.DATASETDICT_JSON_FILENAME, _STATE))
+    is_ours = name.startswith("easy-vqa/") or name.endswith((".json", ".jsonl"))
+    if options and (is_saved or is_ours):
+        raise ValueError(f"dataset {name} takes no {' and no '.join(options)}")
+    if not (is_saved or is_ours):
+        return _load_files(name, image_folder, split, streaming, options)
+    if is_saved:
+        dataset = _load_saved(name, image_folder, split)
+    elif name.startswith("easy-vqa/"):
         try:
-            return easy_vqa(split, name.removeprefix("easy-vqa/"))
+            dataset = easy_vqa(split, name.removeprefix("easy-vqa/"))
         except ImportError as error:
             raise ValueError(f"dataset {name} needs the package easy-vqa: pip install easy-vqa") from error
-    if name.endswith((".json", ".jsonl")):
+    else:
         if image_folder is None:
             raise ValueError(f"dataset {name} is a data file, so image_folder must say where its images are")
-        return load_conversations(name, image_folder)
+        dataset = load_conversations(name, image_folder)
+    return dataset.to_iterable_dataset(num_shards=min(SHARDS, len(dataset))) if streaming and len(dataset) else dataset
 
-    if Path(name).is_dir():
+
+def _load_saved(name: str, image_folder: str | os.PathLike | None, split: str) -> Dataset:
+    with reading(f"dataset {name}"):
         dataset = load_from_disk(name)
-        if isinstance(dataset, DatasetDict):
-            if split not in dataset:
-                raise ValueError(f'dataset {name} has no split "{split}", but {", ".join(dataset)}')
-            dataset = dataset[split]
-        check_paths(dataset, name, [name, *([image_folder] if image_folder is not None else [])])
-        return dataset
-    dataset = load_from_hub(name, split=split)
-    check_paths(dataset, name, [config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE])
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise ValueError(f'dataset {name} has no split "{split}", but {", ".join(dataset)}')
+        dataset = dataset[split]
+    check_paths(dataset, name, _folders_of(name, image_folder))
     return dataset
+
+
+def _load_files(
+    name: str, image_folder: str | os.PathLike | None, split: str, streaming: bool, options: dict[str, Any]
+) -> Any:
+    folders = _folders_of(name, image_folder)
+    with reading(f"dataset {name}"):
+        dataset = load_files(name, split=split, streaming=streaming, **options)
+        if isinstance(dataset, Dataset):
+            check_paths(dataset, name, folders)
+            return dataset
+        dataset = closed(dataset._resolve_features())
+    return dataset.map(
+        functools.partial(check_row, name=name, folders=folders), with_indices=True, features=dataset.features
+    )
+
+
+def _folders_of(name: str, image_folder: str | os.PathLike | None) -> list[str | os.PathLike]:
+    """Where the images of a data set may be."""
+    if not Path(name).is_dir():
+        return [config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
+    return [name, *([image_folder] if image_folder is not None else [])]
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
@@ -81,21 +139,30 @@ def number_samples(dataset: Any) -> Any:
     if _has_transform(dataset):  # which makes the rows of what it knows, and opens images by itself
         return dataset
     if dataset.features:
-        dataset = _with_closed_images(dataset)
+        dataset = closed(dataset)
     if not {"messages", "prompt", "image", "images"} & set(columns) or "sample_index" in columns:
         return dataset
-    without_images = not {"image", "images"} & set(columns)
+    return numbered(dataset, without_images=not {"image", "images"} & set(columns))
+
+
+def numbered(dataset: Any, without_images: bool, name: str | None = None) -> Any:
+    """A dataset or stream with `sample_index`, in text with the name if one is given, and with empty `images`."""
     if isinstance(dataset, Dataset):
-        return _numbered(dataset, without_images)
+        return _numbered(dataset, without_images, name)
+    features = None
+    if dataset.features:
+        added = {"images": List(Image(decode=False))} if without_images else {}
+        features = Features({**dataset.features, **added, "sample_index": Value("string" if name else "int64")})
     # A lambda could not be sent to workers
-    return dataset.map(functools.partial(_number, without_images=without_images), with_indices=True)
+    number = functools.partial(_number, without_images=without_images, name=name)
+    return dataset.map(number, with_indices=True, features=features)
 
 
 def _has_transform(dataset: Dataset | IterableDataset) -> bool:
     return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
-def _with_closed_images(dataset: Any) -> Any:
+def closed(dataset: Any) -> Any:
     """The dataset with files for images: the collator opens them, because the errors of `datasets` name no sample."""
     features = {name: _closed(feature) for name, feature in dataset.features.items()}
     if features == dict(dataset.features):
@@ -118,8 +185,8 @@ def _closed(feature: Any) -> Any:
     return feature
 
 
-def _numbered(dataset: Dataset, without_images: bool) -> Dataset:
-    numbers = np.arange(len(dataset))
+def _numbered(dataset: Dataset, without_images: bool, name: str | None) -> Dataset:
+    numbers: Any = np.arange(len(dataset))
     order = dataset._indices
     if order is not None:
         # `add_column` would write a dataset that was shuffled or selected anew, so the columns go below its order
@@ -128,11 +195,11 @@ def _numbered(dataset: Dataset, without_images: bool) -> Dataset:
         numbers[places[::-1]] = np.arange(len(dataset))[::-1]
         dataset = Dataset(dataset.data, info=dataset.info, split=dataset.split)
     if without_images:
-        dataset = dataset.add_column("images", [[] for _ in range(len(numbers))])
-    dataset = dataset.add_column("sample_index", numbers)
+        dataset = dataset.add_column("images", [[] for _ in numbers], feature=List(Image(decode=False)))
+    dataset = dataset.add_column("sample_index", [f"{i} of {name}" for i in numbers] if name else numbers)
     return Dataset(dataset.data, info=dataset.info, split=dataset.split, indices_table=order)
 
 
-def _number(example: dict[str, Any], index: int, without_images: bool) -> dict[str, Any]:
+def _number(example: dict[str, Any], index: int, without_images: bool, name: str | None) -> dict[str, Any]:
     added: dict[str, Any] = {"images": []} if without_images else {}
-    return {**example, **added, "sample_index": index}
+    return {**example, **added, "sample_index": f"{index} of {name}" if name else index}

@@ -25,7 +25,8 @@ _LLAMA_2 = re.compile(
     r"|MYTH-Lab/VW-LMM-Vicuna-)"
 )
 # Fields of a recipe that the card shows elsewhere, or that name places on the machine that it ran on
-_NOT_SHOWN = {"model", "dataset", "eval_dataset", "image_folder", "output_dir", "resume_from_checkpoint", "stage"}
+_NOT_SHOWN = {"model", "dataset", "datasets", "eval_dataset", "image_folder", "output_dir", "stage"}
+_NOT_SHOWN |= {"resume_from_checkpoint"}
 
 
 def listed(value: Any) -> list:
@@ -81,7 +82,7 @@ def metadata_of(
     base_model = next(filter(None, repos), [])  # the nearest that others can find
     is_trained = any(stage.get("stage") != "convert" for stage in stages)
     relation = "adapter" if is_adapter else "finetune" if is_trained else None
-    datasets = [stage["dataset"] for stage in stages if stage.get("dataset")]
+    datasets = [name for stage in stages for name in listed(stage.get("dataset"))]
     # easy-VQA is a package, not a repository
     datasets = [name.split("/")[0] if name.startswith("easy-vqa/") else name for name in datasets if _is_repo(name)]
     # The license that carries over is the LLM's
@@ -142,13 +143,23 @@ def _stage_row(stage: dict[str, Any], recipe: dict[str, Any], own_folders: list[
     return {
         "name": stage.get("stage") or "",
         "base_model": ", ".join(_shown(name, own_folders) for name in listed(stage.get("base_model"))),
-        "dataset": _shown(stage["dataset"]) if stage.get("dataset") else "",
+        "dataset": _mixture(stage, recipe),
         # Old records have no parts beside the stage, only those that the recipe names
         "trains": ", ".join(listed(stage.get("trainable") or recipe.get("trainable"))),
         "length": f"{steps} steps" if steps > 0 else f"{epochs} epochs" if epochs is not None else "",
         "learning_rate": recipe.get("learning_rate", ""),
         "recipe": yaml.safe_dump(without_paths(shown, is_log=True), sort_keys=False).strip() if shown else None,
     }
+
+
+def _mixture(stage: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """The data of a stage; where they are several, with their shares if it gave them any."""
+    names = listed(stage.get("dataset"))
+    fractions = [entry.get("fraction") for entry in recipe.get("datasets") or []]
+    if len(fractions) != len(names) or None in fractions:
+        return ", ".join(map(_shown, names))
+    shares = [fraction / sum(fractions) for fraction in fractions]
+    return ", ".join(f"{_shown(name)} ({share:.0%})" for name, share in zip(names, shares, strict=True))
 
 
 def hardware_lines(stages: list[dict[str, Any]]) -> list[str]:

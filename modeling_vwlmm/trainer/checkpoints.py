@@ -79,7 +79,8 @@ class WholeCheckpoints(Trainer):
         differences = [f"{what} start(s) anew, of which it has none" for what in what_is_missing(checkpoint)]
         before = read_contents(checkpoint)["data"]
         changed = what_changed(before, self._data_fingerprint) if before and self._data_fingerprint else None
-        name = self.stages[-1].get("dataset") or "the data"
+        names = self.stages[-1].get("dataset") or "the data"
+        name = names if isinstance(names, str) else " or ".join(names)
         return [*differences, *([f"{name} changed since: {changed}"] if changed else [])]
 
     @functools.cached_property

@@ -1,16 +1,12 @@
 """Adapters of PEFT that train the LLM of a VW-LMM model alone."""
 
 import copy
-import json
-import re
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, TrainableTokensConfig
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from transformers import BitsAndBytesConfig
 
 from ..stages import PARTS
 from .reach import LLM, keep_within_llm
@@ -20,74 +16,6 @@ from .reach import LLM, keep_within_llm
 NOT_QUANTIZED = [name for names in PARTS.values() for name in names if name != LLM]
 # PEFT finds a module that trains whole by the end of its name
 SAVED_WHOLE = {part: names[0].rpartition(".")[2] for part, names in PARTS.items() if part != "language_model"}
-
-
-@dataclass
-class LoraArguments:
-    """The fields of a recipe for LoRA and QLoRA, which have the names of TRL's [`~trl.ModelConfig`]."""
-
-    use_peft: bool = field(default=False, metadata={"help": "Train an adapter instead of the LLM itself."})
-    lora_r: int = field(default=16, metadata={"help": "Rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of layers of the LLM, or a regular expression. All its linear ones if not given."},
-    )
-    lora_modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Modules that train whole. The projector and the VM head if not given and the stage says so."
-        },
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
-    use_dora: bool = field(default=False, metadata={"help": "Train weights' magnitudes beside their directions."})
-    lora_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "More fields of peft.LoraConfig, as a mapping, init_lora_weights for example."}
-    )
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: load the LLM in 4 bits (bitsandbytes)."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Load the LLM in 8 bits (bitsandbytes)."})
-    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4."})
-    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the scales too."})
-
-    def peft_config(self) -> LoraConfig | None:
-        """The [`~peft.LoraConfig`], None without `use_peft`."""
-        if not self.use_peft:
-            return None
-        targets: Any = self.lora_target_modules
-        if targets and len(targets) == 1 and (targets == ["all-linear"] or not re.fullmatch(r"[\w.]+", targets[0])):
-            targets = targets[0]  # PEFT's shorthand or a regular expression, which a command line makes a list of
-        more = self.lora_kwargs or {}
-        try:
-            # A command line makes lists of texts, and texts of JSON
-            more = json.loads(more) if isinstance(more, str) else more
-            return LoraConfig(
-                task_type="CAUSAL_LM",
-                r=self.lora_r,
-                lora_alpha=self.lora_alpha,
-                lora_dropout=self.lora_dropout,
-                target_modules=targets,
-                modules_to_save=self.lora_modules_to_save,
-                use_rslora=self.use_rslora,
-                use_dora=self.use_dora,
-                **more,
-            )
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"lora_kwargs do not fit peft.LoraConfig: {error}") from error
-
-    def quantization_config(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-        """The [`~transformers.BitsAndBytesConfig`], None if nothing is quantized."""
-        if not (self.load_in_4bit or self.load_in_8bit):
-            return None
-        if not self.use_peft:
-            raise ValueError("load_in_4bit and load_in_8bit train nothing without use_peft")
-        return BitsAndBytesConfig(
-            load_in_4bit=self.load_in_4bit,
-            load_in_8bit=self.load_in_8bit,
-            bnb_4bit_compute_dtype=compute_dtype,
-            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
-        )
 
 
 def for_language_model(peft_config: LoraConfig, parts: list[str] | None, model: torch.nn.Module) -> LoraConfig:
@@ -175,4 +103,4 @@ def keep_precision(model: torch.nn.Module, has_autocast: bool) -> None:
             module.modules_to_save.to(dtype)
 
 
-__all__ = ["LoraArguments", "for_language_model"]
+__all__ = ["for_language_model"]

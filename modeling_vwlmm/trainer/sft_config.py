@@ -1,16 +1,17 @@
 """Arguments of VW-LMM's supervised fine-tuning: TRL's SFTConfig with the fields that the stages differ in."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl import SFTConfig
 
+from ..arguments import VWLmmArguments
 from ..stages import PARTS, STAGES
 from ..training_run import given_fields
 from ..visual_word_loss import check_loss_fields
 
 
 @dataclass
-class VWLmmSFTConfig(SFTConfig):
+class VWLmmSFTConfig(VWLmmArguments, SFTConfig):
     """TRL's [`~trl.SFTConfig`], with fields of its own for what VW-LMM's stages differ in.
 
     Args:
@@ -39,52 +40,6 @@ class VWLmmSFTConfig(SFTConfig):
             Whether a sample whose image cannot be read is left out with a warning, and counted in the log as
             `skipped_samples`. It is an error otherwise.
     """
-
-    stage: str | None = field(
-        default=None,
-        metadata={"help": "align, instruct, visual_words, joint or read: sets the next four fields if not given."},
-    )
-    trainable: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Parts that train, of vision_tower, projector, language_model, vm_head. All if neither this nor a "
-            "stage is given."
-        },
-    )
-    visual_word_loss_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the visual-word loss. The model config's if not given."}
-    )
-    visual_word_target: str | None = field(
-        default=None,
-        metadata={
-            "help": "'visual_words' for joint training, 'language_model' for VM-head training. The model config's if "
-            "not given."
-        },
-    )
-    detach_visual_words: bool | None = field(
-        default=None,
-        metadata={"help": "Stop the gradient through the visual words as target. The model config's if not given."},
-    )
-    assistant_only_loss: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute the text loss only on what the assistant says. So it is for `messages` if not given."
-        },
-    )
-    projector_from_words: bool = field(
-        default=False,
-        metadata={
-            "help": "Start the projector as a dictionary of the data's most frequent words, instead of as it is."
-        },
-    )
-    save_only_trained: bool = field(
-        default=False,
-        metadata={"help": "Save what trained alone, as an adapter of its base model, where the LLM is frozen."},
-    )
-    skip_broken_images: bool = field(
-        default=False,
-        metadata={"help": "Leave out samples whose image cannot be read, and count them, instead of stopping."},
-    )
 
     def __post_init__(self):
         self.given_fields = given_fields(self)  # before defaults are worked out

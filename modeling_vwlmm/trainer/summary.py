@@ -45,9 +45,11 @@ def _data(trainer: VWLmmSFTTrainer) -> str:
     args = trainer.args
     dataset: Any = trainer.train_dataset
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    names = trainer.stages[-1].get("dataset")
+    source = f" of {', '.join(names)}" if isinstance(names, list) else ""
     if isinstance(dataset, IterableDataset):
-        return f"a stream, {a_step} samples a step"
-    samples = f"{len(dataset):,} samples, {a_step} a step"
+        return f"a stream{source}, {a_step} samples a step"
+    samples = f"{len(dataset):,} samples{source}, {a_step} a step"
     try:
         batch = trainer.data_collator([dict(row) for row in islice(dataset, args.per_device_train_batch_size)])
     except (ValueError, IndexError):  # training will raise it where it meets this sample, or a batch of none

@@ -6,17 +6,16 @@ import re
 import pytest
 
 from helpers.command_line import CPU, error_of, recipe_of
+from modeling_vwlmm.arguments import LoraArguments, TrainArguments
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.cli.field_types import check_values
-from modeling_vwlmm.cli.train import TrainArguments
 from modeling_vwlmm.trainer import VWLmmSFTConfig
-from modeling_vwlmm.trainer.lora import LoraArguments
 
 
 WRONG = {
     "output_dir": (21, "21, expected a text or null"),
     "model": (None, "null, expected a text"),
-    "dataset": (["a"], "['a'], expected a text"),
+    "dataset": (["a"], "['a'], expected a text or null"),
     "image_folder": (21, "21, expected a text or null"),
     "stage": (["joint"], "['joint'], expected a text or null"),
     "trainable": ([7], "[7], expected a list, each a text or null"),

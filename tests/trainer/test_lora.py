@@ -16,9 +16,9 @@ from helpers.adapters import SWITCHES, base_folder, logits_of, train
 from helpers.conversations import conversations, tiny_processor
 from helpers.tiny import LLMS, TOWERS, tiny_batch, tiny_model, without_labels
 from helpers.training import sft_config
+from modeling_vwlmm.arguments import LoraArguments
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.trainer import VWLmmSFTTrainer
-from modeling_vwlmm.trainer.lora import LoraArguments
 
 
 def adapted(model):
