@@ -29,12 +29,14 @@ class Evaluation:
 
     Args:
         questions, answers: in the order of the data.
+        skipped: questions that were not asked, because an image of theirs does not open.
         scores: of every metric, a number a question.
         figures: of every metric, the groups by name, `OVERALL` first.
     """
 
     questions: list[Question]
     answers: list[str]
+    skipped: list[Question]
     scores: dict[str, list[float]]
     figures: dict[str, dict[str, Interval]]
 
@@ -62,8 +64,10 @@ def evaluate(
         progress: whether a bar shows it on a terminal.
         generation: of `model.generate`; `max_new_tokens` is 64 if not given.
 
+    Questions about images that do not open are left out, with a warning that names each image.
+
     Raises:
-        ValueError: there are no questions, a metric or a column does not fit the data, an image cannot be read, or the
+        ValueError: there are no questions, a metric or a column does not fit the data, no image can be read, or the
             file has answers of something else.
     """
     if not questions:
@@ -79,20 +83,26 @@ def evaluate(
         column_of(questions, name)
     generation = {"max_new_tokens": 64, **generation}
 
+    how: dict[str, Any] = {"progress": progress, "skip_broken_images": True, **generation}
     settings = {**generation, "pseudo_image_features": model.config.pseudo_image_features, "dtype": str(model.dtype)}
     if answers_path is None:
-        found = dict(generate_answers(model, processor, questions, batch_size, progress, **generation))
+        found = dict(generate_answers(model, processor, questions, batch_size, **how))
     else:
         file = AnswerFile(answers_path, questions, {"model": fingerprint(model), **settings})
         missing = file.missing()
         asked = [questions[i] for i in missing]
-        new = generate_answers(model, processor, asked, batch_size, progress, **generation)
+        new = generate_answers(model, processor, asked, batch_size, **how)
         for _ in file.write((missing[i], answer) for i, answer in new) if missing else ():
             pass
         found = file.answers
-    answers = [found[i].strip() for i in range(len(questions))]
-    scores = {name: METRICS[name](answers, references) for name in metrics}
-    return Evaluation(questions, answers, scores, {name: figures_of(questions, scores[name], by) for name in metrics})
+    skipped = [question for i, question in enumerate(questions) if i not in found]
+    if not found:
+        raise ValueError(f"none of the {len(questions)} questions can be asked: their images do not open")
+    asked = [question for i, question in enumerate(questions) if i in found]
+    answers = [found[i].strip() for i in sorted(found)]
+    scores = {name: METRICS[name](answers, [question.answers for question in asked]) for name in metrics}
+    figures = {name: figures_of(asked, scores[name], by) for name in metrics}
+    return Evaluation(asked, answers, skipped, scores, figures)
 
 
 def figures_of(questions: Sequence[Question], scores: Sequence[float], by: Sequence[str] = ()) -> dict[str, Interval]:
@@ -118,6 +128,10 @@ def table(evaluation: Evaluation) -> str:
         figures = [evaluation.figures[name][group] for name in names]
         shown = "".join(f"{_shown(figure, name):>30}" for name, figure in zip(names, figures, strict=True))
         lines.append(f"{group:{width}}{shown}{figures[0].values:11,}{figures[0].images:8,}")
+    if evaluation.skipped:
+        images = len({question.image_key for question in evaluation.skipped})
+        title = "not asked, for images that do not open"
+        lines.append(f"{title:{width + 30 * len(names)}}{len(evaluation.skipped):11,}{images:8,}")
     return "\n".join(lines)
 
 
@@ -136,13 +150,14 @@ def results_of(evaluation: Evaluation, dataset: str, split: str) -> list[dict[st
     Args:
         dataset, split: their names.
     """
+    skipped = {"questions skipped": len(evaluation.skipped)} if evaluation.skipped else {}
     return [
         {
             "task_type": "visual-question-answering",
             "dataset_type": dataset,
             "dataset_name": dataset,
             "dataset_split": split,
-            "dataset_args": {"questions": figures[OVERALL].values, "images": figures[OVERALL].images},
+            "dataset_args": {"questions": figures[OVERALL].values, "images": figures[OVERALL].images, **skipped},
             "metric_type": "accuracy" if metric == "exact_match" else metric,
             "metric_name": TITLES[metric] + ("" if group == OVERALL else f", {group}"),
             "metric_value": round(figure.mean, 4),

@@ -1,16 +1,20 @@
 """Greedy answers to questions, in batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import LlavaProcessor
+from transformers.utils import logging
 
 from ..data.images import open_images
 from ..modeling_vwlmm import VWLmmForCausalLM
 from .questions import Question
+
+
+logger = logging.get_logger(__name__)
 
 
 @torch.no_grad()
@@ -20,6 +24,7 @@ def generate_answers(
     questions: Sequence[Question],
     batch_size: int = 32,
     progress: bool = False,
+    skip_broken_images: bool = False,
     **generation: Any,
 ) -> Iterator[tuple[int, str]]:
     """The place of each question with its greedy answer, as batches become ready.
@@ -28,6 +33,8 @@ def generate_answers(
     in 16 bits rounding may decide between two words that are nearly as probable.
 
     Args:
+        skip_broken_images: questions with an image that cannot be read get no answer, and a warning names the image.
+            It is an error otherwise.
         generation: of `model.generate`, such as `max_new_tokens`.
 
     Raises:
@@ -36,12 +43,24 @@ def generate_answers(
     texts = [prompt_text(processor, question) for question in questions]
     # The longest first, so that a batch that does not fit the memory fails at once
     order = sorted(range(len(questions)), key=lambda i: (-len(questions[i].images), -len(texts[i])))
+    broken: set[Hashable] = set()
     with tqdm(total=len(order), desc="questions", unit="", disable=None if progress else True) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            inputs = inputs_of(processor, [questions[i] for i in batch], [texts[i] for i in batch])
-            found = generate_texts(model, processor, inputs, **generation)
-            yield from zip(batch, found, strict=True)
+            opened: dict[int, list[Any]] = {}
+            for i in batch:
+                try:
+                    opened[i] = open_images(questions[i].row())
+                except ValueError as error:
+                    if not skip_broken_images:
+                        raise
+                    if questions[i].image_key not in broken:
+                        logger.warning(f"skipped: {error}")
+                    broken.add(questions[i].image_key)
+            if opened:
+                asked = [questions[i] for i in opened]
+                inputs = inputs_of(processor, asked, [texts[i] for i in opened], list(opened.values()))
+                yield from zip(opened, generate_texts(model, processor, inputs, **generation), strict=True)
             bar.update(len(batch))
 
 
@@ -55,19 +74,19 @@ def prompt_text(processor: LlavaProcessor, question: Question) -> str:
         raise ValueError(f"question {question.id}: {error}") from error
 
 
-def inputs_of(processor: LlavaProcessor, questions: Sequence[Question], texts: Sequence[str]) -> Any:
-    """A batch for `model.generate`, padded on the left."""
-    images = []
+def inputs_of(
+    processor: LlavaProcessor, questions: Sequence[Question], texts: Sequence[str], images: Sequence[list[Any]]
+) -> Any:
+    """A batch for `model.generate`, padded on the left, of prompts and of each one's open images."""
     for question, text in zip(questions, texts, strict=True):
         if text.count(processor.image_token) != len(question.images):
             raise ValueError(
                 f"question {question.id} has {len(question.images)} image(s), but its prompt has "
                 f"{text.count(processor.image_token)} {processor.image_token} markers"
             )
-        images += open_images(question.row())
     bos_token = processor.tokenizer.bos_token
     return processor(
-        images=images or None,
+        images=[image for own in images for image in own] or None,
         text=list(texts),
         # As in training: templates without a beginning-of-sequence token leave it to the tokenizer
         add_special_tokens=bos_token is None or not texts[0].startswith(bos_token),

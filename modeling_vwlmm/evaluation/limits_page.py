@@ -21,6 +21,7 @@ QUESTIONS = {
     "bias": "Which words carry the probability?",
     "expressiveness": "How many words does a visual word spread over?",
     "alignment control": "What is right without the right image? The same accuracy says that the image is not used.",
+    "left out": "What could not be asked?",
 }
 
 

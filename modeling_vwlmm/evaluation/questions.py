@@ -102,7 +102,7 @@ def questions_of(
     """
     dataset = number_samples(dataset)
     found: list[Question] = []
-    for index, (row, more) in enumerate(zip(dataset, extra or ({} for _ in dataset), strict=True)):
+    for index, (row, more) in enumerate(zip(dataset, extra or ({} for _ in range(len(dataset))), strict=True)):
         where = f"sample {index}"
         columns = {name: value for name, value in {**more, **row}.items() if name not in _FORMAT}
         questions = _of_row(row, columns, where, with_history)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -10,6 +11,9 @@ from helpers.conversations import conversations, picture, tiny_processor
 from helpers.tiny import tiny_model
 from modeling_vwlmm.evaluation import evaluate as module
 from modeling_vwlmm.evaluation.evaluate import OVERALL, evaluate, results_of, table, write_results
+from modeling_vwlmm.evaluation.generation import generate_answers
+from modeling_vwlmm.evaluation.limits_page import markdown
+from modeling_vwlmm.evaluation.limits_report import report
 from modeling_vwlmm.evaluation.questions import Question, questions_of
 from modeling_vwlmm.files import read_json
 from modeling_vwlmm.hub.card_facts import read_eval_results, result_tables
@@ -98,6 +102,31 @@ def test_results_are_those_that_the_card_reads(pair, questions, tmp_path):
     assert "| right answers | 0.0 [0.0, 0.0] |" in shown
 
 
+def test_broken_images_are_named_skipped_and_counted(pair, tmp_path, caplog):
+    questions = questions_of(conversations((1, 1, 2, 1)))
+    whole = evaluate(*pair, questions, max_new_tokens=5)
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"no image")
+    broken = [i for i, question in enumerate(questions) if question.id.startswith(("1#", "2"))]
+    for i in broken:  # of several images only one
+        questions[i].images[-1] = {"path": str(path), "bytes": None}
+        questions[i].__dict__.pop("image_key", None)
+    answers = tmp_path / "answers.jsonl"
+    found = evaluate(*pair, questions, batch_size=2, answers_path=answers, max_new_tokens=5)
+    assert [questions.index(question) for question in found.skipped] == broken and len(broken) == 3
+    kept = [i for i in range(len(questions)) if i not in broken]
+    assert found.answers == [whole.answers[i] for i in kept] and found.questions == [questions[i] for i in kept]
+    named = [record.getMessage() for record in caplog.records]
+    assert len(named) == 2 and all("broken.png: UnidentifiedImageError" in line for line in named)
+    assert re.search(r"not asked, for images that do not open +3 +2$", table(found).splitlines()[-1])
+    assert results_of(found, "d", "test")[0]["dataset_args"]["questions skipped"] == 3
+    assert "questions skipped" not in results_of(whole, "d", "test")[0]["dataset_args"]
+    page = markdown(report(*pair, {"held out": questions}, max_new_tokens=2), "tiny")
+    assert "| questions about images that do not open | 3 |" in page
+    picture(1).save(path)  # whole again, they are asked
+    assert not evaluate(*pair, questions, answers_path=answers, max_new_tokens=5).skipped
+
+
 def test_bad_questions(pair, tmp_path):
     with pytest.raises(ValueError, match="no questions"):
         evaluate(*pair, [])
@@ -107,7 +136,9 @@ def test_bad_questions(pair, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     question = Question("q8", [{"path": str(tmp_path / "broken.png"), "bytes": None}], "<image> w5", ["x"])
     question.columns["question"] = "?"
-    with pytest.raises(ValueError, match="sample q8: image .*broken.png: UnidentifiedImageError"):
+    with pytest.raises(ValueError, match="none of the 1 questions can be asked: their images do not open"):
         evaluate(*pair, [question])
+    with pytest.raises(ValueError, match="sample q8: image .*broken.png: UnidentifiedImageError"):
+        list(generate_answers(*pair, [question]))
     with pytest.raises(ValueError, match="1 questions have no right answer, the first is q9"):
         evaluate(*pair, [Question("q9", [], "w5", [], {"question": "w5"})])
