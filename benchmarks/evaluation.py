@@ -73,7 +73,9 @@ def main():
     same = sum(a == b for a, b in zip(*answers.values(), strict=True))
     print(f"{len(dataset):,} questions, {arguments.batch_size} at a time, on {device}; medians of {arguments.rounds}")
     print(f"{'bare loop over generate':26}{len(dataset) / bare:8.0f} questions a second")
-    print(f"{'evaluate':26}{len(dataset) / ours:8.0f} questions a second, {bare / ours:.2f} of it; {same:,} same answers")
+    print(
+        f"{'evaluate':26}{len(dataset) / ours:8.0f} questions a second, {bare / ours:.2f} of it; {same:,} same answers"
+    )
 
 
 if __name__ == "__main__":

@@ -128,6 +128,12 @@ class VWLmmArguments:
         default=False,
         metadata={"help": "Leave out samples whose image cannot be read, and count them, instead of stopping."},
     )
+    generation_eval_steps: int | None = field(
+        default=None,
+        metadata={"help": "Every that many steps, answer questions of the eval_dataset and log generation_accuracy."},
+    )
+    generation_eval_samples: int = field(default=64, metadata={"help": "Questions of the eval_dataset to answer."})
+    generation_eval_max_new_tokens: int = field(default=64, metadata={"help": "The longest of these answers."})
 
 
 @dataclass

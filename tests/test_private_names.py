@@ -35,6 +35,7 @@ NAMES = {
     # transformers: generation
     "transformers.generation.GenerationMixin._get_candidate_generator": "proposals are made without the image token",
     "transformers.generation.GenerationMixin._get_logits_processor": "scores have a place for the image token",
+    "transformers.generation.GenerationMixin._supports_mm_encoder_outputs": "under FSDP images are read in forward",
     "transformers.generation.AssistedCandidateGenerator": "an assistant may know no image token",
     "transformers.generation.PromptLookupCandidateGenerator": "the prompt has tokens that are never predicted",
     # transformers: checkpoints

@@ -29,7 +29,7 @@ TRAVELS = {
 LONGEST = 350
 
 # Names under which a distribution is imported, where they differ from its own
-IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "easy-vqa": "easy_vqa"}
+IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "easy-vqa": "easy_vqa", "lmms-eval": "lmms_eval"}
 NOT_IMPORTED = {
     "sentencepiece": "transformers reads the tokenizer.model of published checkpoints with it",
     "protobuf": "transformers reads the tokenizer.model of published checkpoints with it",

@@ -32,7 +32,8 @@ write_card(copy, "someone/nano")
 assert "someone/nano" in Path(copy, "README.md").read_text()
 
 for module in pkgutil.walk_packages(modeling_vwlmm.__path__, "modeling_vwlmm."):
-    if not module.name.endswith("__main__"):
+    # lmms-eval, which is installed for few, imports the latter
+    if not module.name.endswith(("__main__", "evaluation.lmms")):
         importlib.import_module(module.name)
 elsewhere = {
     name: module.__file__
@@ -70,6 +71,15 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel):
     assert files - packed == set()
     card = {f"modeling_vwlmm/hub_card/{name}" for name in ("__init__.py", "modelcard_template.md")}
     assert packed - files == card  # and no weights of the model beside it
+
+
+def test_lmms_eval_finds_the_model_by_its_entry_point(wheel):
+    """Whose failure lmms-eval would only log."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+    points = archive.read(name).decode()
+    assert "[lmms_eval.models]\nvwlmm = modeling_vwlmm.evaluation.lmms:MANIFEST\n" in points
+    assert "MANIFEST = ModelManifest(" in archive.read("modeling_vwlmm/evaluation/lmms.py").decode()
 
 
 def test_installed_alone_it_loads_a_model_and_writes_a_card(wheel, tmp_path):

@@ -85,6 +85,9 @@ def run(case, kind, folder):
         "max_steps": 4,
         "save_strategy": "steps",
         "save_steps": 2,
+        "generation_eval_steps": None if kind == "zero3" else 2,
+        "generation_eval_samples": 7,  # two processes ask one twice, and not always about as many images
+        "generation_eval_max_new_tokens": 4,
         **arguments,
     }
     dataset = datasets.concatenate_datasets([conversations(images) for images in IMAGES])
@@ -93,7 +96,9 @@ def run(case, kind, folder):
         args = sft_config(folder, **arguments)
         assert args.world_size == processes
         peft_config = LoraConfig(**lora) if lora else None
-        trainer = VWLmmSFTTrainer(str(base), args, train_dataset=dataset, peft_config=peft_config)
+        trainer = VWLmmSFTTrainer(
+            str(base), args, train_dataset=dataset, eval_dataset=dataset, peft_config=peft_config
+        )
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.evaluate(dataset.select(range(4)))
     trainer.save_model()
@@ -118,6 +123,8 @@ if __name__ == "__main__":
     if kind == "fsdp2":
         fsdp_on_the_cpu()
     for case in cases or CASES:
+        if os.environ.get("RANK", "0") == "0":
+            print("case", case)
         run(case, kind, Path(folder) / kind / case)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

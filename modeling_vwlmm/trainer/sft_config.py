@@ -39,6 +39,13 @@ class VWLmmSFTConfig(VWLmmArguments, SFTConfig):
         skip_broken_images (`bool`, *optional*, defaults to `False`):
             Whether a sample whose image cannot be read is left out with a warning, and counted in the log as
             `skipped_samples`. It is an error otherwise.
+        generation_eval_steps (`int`, *optional*):
+            After how many steps, each time, the model answers questions of the evaluation data, see
+            [`GenerationEval`]: the log then has `generation_accuracy` beside the losses. Never if not given.
+        generation_eval_samples (`int`, *optional*, defaults to 64):
+            How many questions, the same ones each time.
+        generation_eval_max_new_tokens (`int`, *optional*, defaults to 64):
+            The longest answer, in tokens.
     """
 
     def __post_init__(self):
@@ -54,6 +61,9 @@ class VWLmmSFTConfig(VWLmmArguments, SFTConfig):
             raise ValueError(f"max_length is {self.max_length}, expected 1 or more, or null for rows of any length")
         if self.packing and self.max_length is None:
             raise ValueError("packing fills rows of max_length tokens, and max_length is null: give a number")
+        for name in ("generation_eval_steps", "generation_eval_samples", "generation_eval_max_new_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected 1 or more")
         check_loss_fields(self.visual_word_loss_weight, self.visual_word_target)
 
     def check_amount(self, rows: int | None = None) -> None:

@@ -26,6 +26,7 @@ from ..visual_word_loss import scored_positions
 from .batches import PackedBatches, check_batches, collator_of
 from .checkpoints import WholeCheckpoints
 from .fused_head import add_visual_word_loss
+from .generation_eval import GenerationEval, sample_of
 from .hub_mixin import HubMixin
 from .lora import keep_precision
 from .model import (
@@ -149,6 +150,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, PackedBatches, HubMixin, SFTTrainer):
             # A run that goes on counts batches from the beginning, over all passes: transformers would look for all of
             # them in the first pass
             train_dataset = train_dataset.repeat(None)
+        asked = sample_of(eval_dataset, processing_class, args) if args.generation_eval_steps else None
         super().__init__(
             model=model,
             args=args,
@@ -164,6 +166,8 @@ class VWLmmSFTTrainer(WholeCheckpoints, PackedBatches, HubMixin, SFTTrainer):
             attend_by_sample(base_model)
         if peft_config is not None:
             freeze_biases_outside(self.model, peft_config)
+        if asked is not None:
+            self.add_callback(GenerationEval(self, asked))
         self._eval_sums: dict[str, float] = defaultdict(float)
         self._skipped_samples = {"train": 0, "eval": 0}
         self.scores_text = not trains_only_the_vm_head(base_model)

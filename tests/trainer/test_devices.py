@@ -63,6 +63,17 @@ def test_two_processes_train_what_one_does(runs, case, kind):
     assert read_training_run(folder / kind / case)[-1]["hardware"]["processes"] == 2
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "zero3"])  # which is refused
+def test_two_processes_answer_what_one_does(runs, kind):
+    _, printed = runs
+    answers = {
+        name: [line for line in printed[name].stdout.splitlines() if line.startswith(("case ", "step ", "  '"))]
+        for name in ("one", kind)
+    }
+    assert answers[kind] == answers["one"] and len(answers["one"]) > 8 * len(CASES)
+    assert len({line.partition(", right")[0] for line in answers["one"]}) > 2 * len(CASES)
+
+
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("case", CASES)
 def test_checkpoints_of_two_processes_load_on_one_device(runs, case, kind):
