@@ -1,11 +1,13 @@
 """VW-LMM in lmms-eval, where that is installed: it takes an environment of its own."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
+from helpers import ROOT
 from helpers.conversations import conversations, picture, tiny_processor
 from helpers.tiny import tiny_model
 from modeling_vwlmm.evaluation.evaluate import evaluate
@@ -189,3 +191,12 @@ def test_a_task_from_end_to_end(folder, tmp_path, monkeypatch):
     assert results["results"]["easy_vqa"]["right_answers,none"] == 0.75
     samples = sorted(results["samples"]["easy_vqa"], key=lambda sample: sample["doc_id"])
     assert [sample["filtered_resps"][0] for sample in samples] == said
+
+
+def test_the_tasks_of_the_recipe_are_there():
+    from lmms_eval.tasks import TaskManager
+
+    recipe = (ROOT / "recipes" / "evaluate.md").read_text()
+    (tasks,) = re.findall(r"--tasks (\S+)", recipe)
+    named = {*tasks.split(","), "vqav2_val", "vizwiz_vqa_val", "mmbench_en_dev_static"}
+    assert named - set(TaskManager().all_tasks) == set() and all(f"`{name}`" in recipe for name in named)
