@@ -150,7 +150,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, PackedBatches, HubMixin, SFTTrainer):
             # A run that goes on counts batches from the beginning, over all passes: transformers would look for all of
             # them in the first pass
             train_dataset = train_dataset.repeat(None)
-        asked = sample_of(eval_dataset, processing_class, args) if args.generation_eval_steps else None
+        questions = sample_of(eval_dataset, processing_class, args) if args.generation_eval_steps else None
         super().__init__(
             model=model,
             args=args,
@@ -166,8 +166,8 @@ class VWLmmSFTTrainer(WholeCheckpoints, PackedBatches, HubMixin, SFTTrainer):
             attend_by_sample(base_model)
         if peft_config is not None:
             freeze_biases_outside(self.model, peft_config)
-        if asked is not None:
-            self.add_callback(GenerationEval(self, asked))
+        if questions is not None:
+            self.add_callback(GenerationEval(self, questions))
         self._eval_sums: dict[str, float] = defaultdict(float)
         self._skipped_samples = {"train": 0, "eval": 0}
         self.scores_text = not trains_only_the_vm_head(base_model)

@@ -32,9 +32,11 @@ def trainer_with(tmp_path, eval_dataset=None, lora=None, **kwargs):
     )
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(r=4, task_type="CAUSAL_LM")], ids=["whole", "lora"])
-def test_the_log_has_the_accuracy_beside_the_losses(tmp_path, capsys, lora):
-    trainer = trainer_with(tmp_path, DATA, lora, logging_steps=3)
+@pytest.mark.parametrize("kind", ["whole", "lora", "packed"])
+def test_the_log_has_the_accuracy_beside_the_losses(tmp_path, capsys, kind):
+    lora = LoraConfig(r=4, task_type="CAUSAL_LM") if kind == "lora" else None
+    packing = {"packing": True, "max_length": 64} if kind == "packed" else {}
+    trainer = trainer_with(tmp_path, DATA, lora, logging_steps=3, **packing)
     trainer.train()
     logs = {log["step"]: log for log in trainer.state.log_history if "lm_loss" in log}
     assert [step for step, log in logs.items() if LOGGED_AS in log] == [5, 10] and 3 in logs
