@@ -49,6 +49,8 @@ setup(
         "explore": ["gradio>=6.31,<7", "fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
         "gguf": ["gguf>=0.19,<1"],
         "serve": ["transformers[serving]", "fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
+        "onnx": ["onnx>=1.21,<2", "onnxscript>=0.7,<1", "onnxruntime>=1.24,<2"],
+        "openvino": ["openvino>=2026.3"],
         "qlora": ["bitsandbytes>=0.50,<1"],
         "test": [
             "easy-vqa==1.0",
@@ -57,6 +59,9 @@ setup(
             "gguf>=0.19,<1",
             "bitsandbytes>=0.50,<1",
             "pycocoevalcap>=1.2,<2",
+            "onnx>=1.21,<2",
+            "onnxscript>=0.7,<1",
+            "onnxruntime>=1.24,<2",
             "scipy>=1.11,<2",
             "gradio>=6.31,<7",
             "transformers[serving]",

@@ -54,6 +54,10 @@ NAMES = {
     "transformers.utils.WEIGHTS_NAME": "the name of a file",
     "transformers.convert_slow_tokenizer.bytes_to_unicode": "tokens that are no whole characters are shown as bytes",
     # transformers: the server
+    "transformers.exporters.AutoHfExporter": "writes graphs of ONNX and OpenVINO",
+    "transformers.exporters.ExportedModel": "keeps the graphs of a model in one folder",
+    "transformers.exporters.OnnxConfig": "how graphs of ONNX are written",
+    "transformers.exporters.OpenVINOConfig": "how graphs of OpenVINO are written",
     "transformers.cli.serving.chat_completion.ChatCompletionHandler": "answers requests of OpenAI's chat API",
     "transformers.cli.serving.model_manager.ModelManager": "hands it the one model",
     "transformers.cli.serving.utils.GenerationState": "requests wait for each other",

@@ -58,7 +58,8 @@ class Checkpoint:
         """
         with new_folder(destination) as folder:
             write_weights(folder, self.tensors, dtype)
-            dtypes = {tensor.meta.dtype for name, tensor in self.tensors.items() if "language_model" in name}
+            llm = [name for name in self.tensors if "language_model" in name] or list(self.tensors)
+            dtypes = {self.tensors[name].meta.dtype for name in llm}
             self.config.architectures = self.config.architectures or [VWLmmForCausalLM.__name__]
             self.config.dtype = dtype or max(dtypes, key=lambda dtype: dtype.itemsize)
             self.generation_config.save_pretrained(folder)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -69,18 +69,13 @@ def convert_to_llava(
     config = VWLmmConfig.from_dict(raw)
     if config.pseudo_image_features:
         raise ValueError(f"{source} reads pseudo image features, which take its VM head: LLaVA has none")
-    text_config = config.text_config.to_dict()
-    text_config["vocab_size"] = max(config.text_config.vocab_size, config.image_token_id + 1)
     fields = {name: value for name, value in config.to_dict().items() if name in LlavaConfig.__annotations__}
-    llava_config = LlavaConfig(**{**fields, "text_config": text_config, "image_token_id": config.image_token_id})
+    llava_config = LlavaConfig(
+        **{**fields, "text_config": text_config_with_image_token(config), "image_token_id": config.image_token_id}
+    )
 
-    tensors = fitting_weights(read_weights(folder), VWLmmForCausalLM, config, folder)
+    tensors = weights_with_image_token(folder, config)
     del tensors["model.vm_head.weight"]
-    with torch.device("meta"):
-        embeddings = embeddings_name(VWLmmForCausalLM(config))
-    for name in (embeddings, "lm_head.weight"):
-        if name in tensors:
-            tensors[name] = _with_rows(tensors[name], text_config["vocab_size"])
     try:
         with torch.device("meta"):
             llava = LlavaForConditionalGeneration(llava_config)
@@ -88,14 +83,39 @@ def convert_to_llava(
         raise ValueError(
             f"{source}: transformers' LLaVA takes no tower of type {config.vision_config.model_type}"
         ) from error
-    mapping = [step.reverse_transform() for step in get_model_conversion_mapping(llava, add_legacy=False)[::-1]]
-    tensors = {_rename(name, mapping, reverse=True): tensor for name, tensor in tensors.items()}
-    if None in tensors:
-        raise ValueError(
-            f"{source}: the experts of a {config.text_config.model_type} are stored in another form, not supported"
-        )
+    tensors = stored_names(tensors, llava, source)
     llava_config.architectures = ["LlavaForConditionalGeneration"]
     Checkpoint(llava_config, tensors, read_processor(folder), read_generation_config(folder)).save(destination, dtype)
+
+
+def text_config_with_image_token(config: VWLmmConfig) -> dict[str, Any]:
+    """The fields of the LLM's config, with a vocabulary that reaches to the image token."""
+    vocab_size = max(config.text_config.vocab_size, config.image_token_id + 1)
+    return {**config.text_config.to_dict(), "vocab_size": vocab_size}
+
+
+def weights_with_image_token(folder: Path, config: VWLmmConfig) -> dict[str, StoredTensor]:
+    """The weights of a VW-LMM model, with rows for the image token: [`convert_to_llava`] says which."""
+    tensors = fitting_weights(read_weights(folder), VWLmmForCausalLM, config, folder)
+    with torch.device("meta"):
+        embeddings = embeddings_name(VWLmmForCausalLM(config))
+    rows = text_config_with_image_token(config)["vocab_size"]
+    return {
+        name: _with_rows(tensor, rows) if name in (embeddings, "lm_head.weight") else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def stored_names(
+    tensors: dict[str, StoredTensor], model: PreTrainedModel, source: str | os.PathLike
+) -> dict[str, StoredTensor]:
+    """The tensors under the names that transformers gives them when it saves the model."""
+    mapping = [step.reverse_transform() for step in get_model_conversion_mapping(model, add_legacy=False)[::-1]]
+    named = {_rename(name, mapping, reverse=True): tensor for name, tensor in tensors.items()}
+    if None in named:
+        text_type = model.config.get_text_config().model_type
+        raise ValueError(f"{source}: the experts of a {text_type} are stored in another form, not supported")
+    return named
 
 
 def _pads(image_processor: Any) -> bool:

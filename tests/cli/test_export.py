@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration
+from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from helpers.adapters import train
 from helpers.command_line import error_of
-from helpers.tiny import tiny_batch, tiny_model, without_labels
+from helpers.conversations import tiny_processor
+from helpers.tiny import IMAGE, tiny_batch, tiny_model, without_labels
 from modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.cli import main
 
@@ -49,6 +50,39 @@ def test_remote_code_loads_without_this_package(model_folder, tmp_path):
     assert run.stdout.split() == ["VWLmmForCausalLM", str(sum(weight.double().sum().item() for weight in weights))]
     copy, own = tmp_path / "remote/model.safetensors", model_folder / "model.safetensors"
     assert load_file(copy).keys() == load_file(own).keys() and not os.path.samefile(copy, own)
+
+
+@pytest.mark.parametrize("to, package", [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_graphs_generate_the_same(to, package, tmp_path):
+    pytest.importorskip(package)
+    from transformers.exporters import ExportedModel
+
+    model = tiny_model(pseudo_image_features=True)
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor(model.config).save_pretrained(tmp_path / "model")
+    main(["export", str(tmp_path / "model"), str(tmp_path / "graphs"), "--to", to])
+    options = {"config": {"INFERENCE_PRECISION_HINT": "f32"}} if to == "openvino" else {}
+    graphs = ExportedModel.from_pretrained(tmp_path / "graphs").to(**options).runners
+
+    batch = without_labels(tiny_batch(model.config, rows=((2, IMAGE, 3),)))
+    image = graphs["image_encoder"](pixel_values=batch["pixel_values"])
+    words = graphs["visual_words"](image_features=image["image_features"])["visual_words"]
+    torch.testing.assert_close(words, model.visual_words(batch["pixel_values"]))
+    is_image = batch["input_ids"] == model.config.image_token_id
+    read = graphs["embed_tokens"](input_ids=batch["input_ids"].masked_fill(is_image, 0))["inputs_embeds"]
+    read = read.masked_scatter(is_image[..., None], image["read_by_the_llm"])
+    mask, llm = batch["attention_mask"], model.config.text_config
+    cache = DynamicCache(config=llm)
+    for layer in range(llm.num_hidden_layers):
+        cache.update(*torch.zeros(2, 1, llm.num_key_value_heads, 0, llm.head_dim), layer)
+    found = []
+    for _ in range(6):
+        output = graphs["language_model"](inputs_embeds=read, attention_mask=mask, past_key_values=cache)
+        found.append(output["logits"][:, -1].argmax(-1))
+        read = graphs["embed_tokens"](input_ids=found[-1][:, None])["inputs_embeds"]
+        mask, cache = torch.cat([mask, mask.new_ones(1, 1)], 1), output["past_key_values"]
+    expected = model.generate(**batch, max_new_tokens=6, do_sample=False)[0, -6:]
+    assert torch.equal(torch.cat(found), expected)
 
 
 def test_what_cannot_be_exported_is_one_line(tmp_path, model_folder, capsys):
