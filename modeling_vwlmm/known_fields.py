@@ -16,6 +16,8 @@ _FILES = (
 )
 _FREE = ("id2label", "label2id", "task_specific_params", "quantization_config")  # whose keys are no fields
 _NUMBER, _COUNTS, _SIZE = "a number", "a whole number or a list of them", "a whole number, a list or a mapping of them"
+_COLOUR = "a list of numbers from 0 to 1"
+_NEVER_NULL = ("num_additional_image_tokens",)
 _KINDS = {
     "a text": (
         *("model_type", "rope_type", "processor_class", "tokenizer_class", "image_processor_type"),
@@ -23,14 +25,15 @@ _KINDS = {
     ),
     "a whole number": (
         *("num_additional_image_tokens", "image_token_index", "num_hidden_layers", "num_channels", "vocab_size"),
-        *("max_new_tokens", "max_length", "top_k", "num_beams"),
+        *("max_new_tokens", "max_length", "top_k", "num_beams", "pad_token_id", "bos_token_id"),
     ),
     _NUMBER: (
         *("rope_theta", "rms_norm_eps", "layer_norm_eps", "rescale_factor", "model_max_length"),
         *("temperature", "top_p", "visual_word_loss_weight"),
     ),
     "true or false": ("do_sample", "do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb"),
-    "a number or a list of them": ("image_mean", "image_std"),
+    _COLOUR: ("image_mean",),  # also the colour that pads an image
+    "a number or a list of them": ("image_std",),
     _COUNTS: ("hidden_size", "intermediate_size", "num_attention_heads", "vision_feature_layer", "eos_token_id"),
     _SIZE: ("image_size", "patch_size", "size", "crop_size"),
     "a text or a mapping": ("image_token", "bos_token", "eos_token", "pad_token", "unk_token"),
@@ -56,7 +59,7 @@ def check_fields(folder: str | os.PathLike) -> None:
 def _check(path: Path, fields: dict[str, Any], prefix: str) -> None:
     for name, value in fields.items():
         kind = _KIND_OF.get(name)
-        if kind is not None and value is not None and not _fits(value, kind):
+        if kind is not None and (value is not None or name in _NEVER_NULL) and not _fits(value, kind):
             found = json.dumps(value, ensure_ascii=False)
             found = found if len(found) <= 80 else f"{found[:77]}..."
             raise ValueError(f"{path}: {prefix}{name} is {found}, expected {kind}")
@@ -81,6 +84,8 @@ def _fits(value: Any, kind: str) -> bool:
         return isinstance(value, (str, dict))
     if kind == "a list of texts":
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind == _COLOUR:
+        return isinstance(value, list) and all(_fits(item, _NUMBER) and 0 <= item <= 1 for item in value)
     if kind == "a number or a list of them":
         return is_number or (isinstance(value, list) and all(_fits(item, _NUMBER) for item in value))
     if kind in (_COUNTS, _SIZE):

@@ -63,12 +63,7 @@ def make_processor(
         ValueError: if the image token is not the config's `image_token_id`.
     """
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARKER]}, replace_extra_special_tokens=False)
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
-    if image_token_id != config.image_token_id:
-        raise ValueError(
-            f"the tokenizer's {IMAGE_MARKER} is token {image_token_id}, but the config's image_token_id is "
-            f"{config.image_token_id}"
-        )
+    check_tokens(tokenizer, IMAGE_MARKER, config)
     # Generation needs padding on the left; training asks for padding on the right itself. Only init_kwargs are saved
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -96,6 +91,27 @@ def make_processor(
         image_token=IMAGE_MARKER,
         chat_template=chat_template,
     )
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str, config: VWLmmConfig) -> None:
+    """`ValueError` if the tokenizer has another image token than the model, or a special token the LLM has no row for.
+
+    Only a batch with such a token would fail, and on a GPU without a word of the reason.
+    """
+    image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+    if image_token_id != config.image_token_id:
+        raise ValueError(
+            f"the tokenizer's {image_token} is token {image_token_id}, but the config's image_token_id is "
+            f"{config.image_token_id}"
+        )
+    vocab_size = config.text_config.vocab_size
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token, token_id = getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")
+        if token_id is not None and token_id >= vocab_size and token_id != image_token_id:
+            raise ValueError(
+                f"the tokenizer's {name} {token} is token {token_id}, but the LLM's vocabulary ends at "
+                f"{vocab_size - 1}"
+            )
 
 
 def patch_grid(processor: LlavaProcessor, patches: int) -> tuple[int, int]:

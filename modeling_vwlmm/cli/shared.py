@@ -56,6 +56,7 @@ def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "
 
     from ..known_fields import check_fields
     from ..modeling_vwlmm import VWLmmForCausalLM
+    from ..processing import check_tokens
     from ..weights import check_shards
 
     quiet()
@@ -70,7 +71,9 @@ def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "
             model.load_adapter(adapter)
     model = model.to(device).eval()
     with reading(f"the processor of {folder}"):
-        return model, AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        check_tokens(processor.tokenizer, processor.image_token, model.config)
+    return model, processor
 
 
 def open_pictures(paths: list[str]) -> "list[Image.Image]":

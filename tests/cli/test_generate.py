@@ -6,7 +6,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from helpers.command_line import CPU, error_of
+from helpers.command_line import CPU, error_of, recipe_of
 from helpers.conversations import picture, tiny_processor
 from modeling_vwlmm import VWLmmForCausalLM
 from modeling_vwlmm.cli import main
@@ -68,7 +68,11 @@ def test_shards_outside_of_the_folder_are_not_read(tmp_path, capsys, model_folde
         ("config.json", "dtype", 7, "the name of a floating-point dtype of torch"),
         ("processor_config.json", "patch_size", "x", "a whole number, a list or a mapping of them"),
         ("processor_config.json", "num_additional_image_tokens", "q", "a whole number"),
-        ("processor_config.json", "image_processor.image_mean", "x", "a number or a list of them"),
+        ("processor_config.json", "num_additional_image_tokens", None, "a whole number"),
+        ("processor_config.json", "image_processor.image_mean", -1, "a list of numbers from 0 to 1"),
+        ("processor_config.json", "image_processor.image_mean", [0.5, 10**6, 0.5], "a list of numbers from 0 to 1"),
+        ("processor_config.json", "image_processor.image_std", "x", "a number or a list of them"),
+        ("generation_config.json", "pad_token_id", "NaN", "a whole number"),
         ("processor_config.json", "image_processor.image_processor_type", 0, "a text"),
         ("tokenizer_config.json", "tokenizer_class", 2, "a text"),
         ("generation_config.json", "max_new_tokens", "x", "a whole number"),
@@ -85,3 +89,19 @@ def test_fields_of_wrong_types_are_named_with_their_file(tmp_path, capsys, model
     picture(0).save(tmp_path / "a.png")
     message = error_of(capsys, "generate", str(model_folder), str(tmp_path / "a.png"), "--prompt", "w5")
     assert message == f"vwlmm generate: {path}: {field} is {json.dumps(value)}, expected {expected}"
+
+
+def test_special_tokens_without_a_row_are_named(tmp_path, capsys, model_folder, data):
+    path = model_folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    picture(0).save(tmp_path / "a.png")
+    path.write_text(json.dumps({**fields, "eos_token": "</sU"}))
+    expected = "the tokenizer's eos_token </sU is token 100, but the LLM's vocabulary ends at 98"
+    generate = ("generate", str(model_folder), str(tmp_path / "a.png"), "--prompt", "w5")
+    assert expected in error_of(capsys, *generate)
+    assert expected in error_of(capsys, "train", "--config", recipe_of(tmp_path, model_folder, data), *CPU)
+    path.write_text(json.dumps(fields))
+    tokenizer = json.loads((model_folder / "tokenizer.json").read_text())
+    next(token for token in tokenizer["added_tokens"] if token["content"] == "<image>")["content"] = "x"
+    (model_folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "but the config's image_token_id is 99" in error_of(capsys, *generate)
