@@ -9,7 +9,6 @@ size, so that no way of resizing comes between, and one that is not.
 import argparse
 import base64
 import io
-import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -73,13 +72,14 @@ def compare(model, processor, client, name, side, tokens):
         choice = ask_server(client, name, image, tokens, logprobs=True, top_logprobs=1).choices[0]
         served = choice.message.content or ""
         first = output.scores[0][0].float().log_softmax(-1)[ids[0]].item()
-        found = choice.logprobs.content[0].logprob if choice.logprobs and choice.logprobs.content else math.nan
+        scored = choice.logprobs and choice.logprobs.content
+        found = f"{scored[0].logprob:.4f}" if scored else "not given"
         ours = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         theirs = processor.tokenizer(served, add_special_tokens=False)["input_ids"]
         same = [a == b for a, b in zip(ours, theirs, strict=False)]
         equal = same.index(False) if False in same else len(same)
         said = "equal" if served.strip() == text.strip() else "differ"
-        print(f"{kind:20} {said:>9} {equal:>6} of {len(ours):>3} {first:>30.4f} {found:>15.4f}")
+        print(f"{kind:20} {said:>9} {equal:>6} of {len(ours):>3} {first:>30.4f} {found:>15}")
 
 
 def speed(model, processor, client, name, side, tokens):
@@ -102,7 +102,7 @@ def main():
     parser.add_argument("model", help="folder")
     parser.add_argument("url", help="of the server, ending in /v1")
     parser.add_argument("--name", help="of the model at the server (default: the first that it lists)")
-    parser.add_argument("--tokens", type=int, default=24, help="a answer (default: 24)")
+    parser.add_argument("--tokens", type=int, default=24, help="of an answer (default: 24)")
     parser.add_argument("--no-speed", action="store_true", help="compare answers alone")
     arguments = parser.parse_args()
     client = OpenAI(base_url=arguments.url, api_key="none", max_retries=0, timeout=600)
