@@ -90,8 +90,10 @@ def test_conversions_run(local, tmp_path, capsys):
         "llava-hf/llava-1.5-7b-hf": "llava-hf",
         "smollm2.gguf": "llm",
     }
-    assert len(CONVERSIONS) == 7
+    assert len(CONVERSIONS) == 9
     for command in CONVERSIONS:
+        if "--to gguf" in command or "--to onnx" in command:  # no class of transformers loads these
+            continue
         for name, folder in here.items():
             command = command.replace(f" {name} ", f" {folder} ")
         command = local(command)
