@@ -49,7 +49,7 @@ class KeptTables(ArrowBasedBuilder):
             anew: whether they are made even if the cache has some.
         """
         try:
-            with _bar_on_terminals_alone():
+            with bars_on_terminals():
                 self.download_and_prepare(download_mode="force_redownload" if anew else None)
         except DatasetGenerationError as error:
             raise (error.__cause__ or error) from None
@@ -57,7 +57,8 @@ class KeptTables(ArrowBasedBuilder):
 
 
 @contextlib.contextmanager
-def _bar_on_terminals_alone() -> Iterator[None]:
+def bars_on_terminals() -> Iterator[None]:
+    """Hide the progress bars of `datasets` where nobody watches them."""
     hides = not (sys.stderr.isatty() or are_progress_bars_disabled())
     if hides:
         disable_progress_bars()

@@ -4,9 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset, IterableDataset, Value, concatenate_datasets, interleave_datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
+from trl.data_utils import prepare_multimodal_messages
 
 from ..arguments import MixedDataset
+from .conversations import FEATURES
+from .kept import bars_on_terminals
 from .load import closed, load_dataset, numbered
 
 
@@ -24,7 +29,8 @@ def load_mixture(
     probability, and one that ends begins again until all have been read; without, they take turns until they end.
 
     A single data set comes as it is. The rows of several have columns of conversations, with `images` (none where a
-    data set has no such column), and `sample_index` is a text with the name of the data set, for messages.
+    data set has no such column), and `sample_index` is a text with the name of the data set, for messages. Contents
+    that are texts in one and lists of parts in another become lists of parts.
 
     Args:
         entries: where the data sets are, see [`load_dataset`], and their fractions.
@@ -98,15 +104,60 @@ def _of_same_columns(parts: list[Any], names: list[str]) -> list[Any]:
             raise ValueError(f"datasets: {name} has the columns {found}: expected messages, or prompt and completion")
         part = closed(part.select_columns(columns))
         made.append(numbered(part, not {"image", "images"} & set(columns), name))
-    first = made[0].features
+    first, *others = [part.features.get("messages") for part in made]
+    if any(_type(other) != _type(first) for other in others):
+        made = [_in_parts(part) for part in made]
+    features = made[0].features
     for part, name in zip(made, names, strict=True):
-        for column in sorted(first.keys() ^ part.features.keys()):
-            has, lacks = (names[0], name) if column in first else (name, names[0])
+        for column in sorted(features.keys() ^ part.features.keys()):
+            has, lacks = (names[0], name) if column in features else (name, names[0])
             raise ValueError(f"datasets: {has} has the column {column}, {lacks} has not: columns says which to read")
         for column, feature in part.features.items():
-            if feature != first[column]:
+            if _type(feature) != _type(features[column]):
                 raise ValueError(
-                    f"datasets: the column {column} is {feature} in {name}, and {first[column]} in {names[0]}: "
+                    f"datasets: the column {column} is {feature} in {name}, and {features[column]} in {names[0]}: "
                     "expected one type"
                 )
     return made
+
+
+def _type(feature: Any) -> Any:
+    return None if feature is None else Features({"": feature}).arrow_schema.field(0).type
+
+
+def _in_parts(dataset: Any) -> Any:
+    """The data set with messages of LLaVA's type, if its own are texts, or parts that hold no images themselves."""
+    message = getattr(dataset.features.get("messages"), "feature", None)
+    content = message.get("content") if isinstance(message, dict) else None
+    part = getattr(content, "feature", None)
+    has_parts = isinstance(part, dict) and part.keys() <= {"type", "text", "index"}
+    if not (content == Value("string") or has_parts):
+        return dataset  # what differs is said of all columns alike
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_message_parts, features=Features({**dataset.features, "messages": FEATURES["messages"]}))
+    # The images stay where they are: their number is all that is needed
+    pictures = dataset.data.column("images" if "images" in dataset.column_names else "image")
+    is_list = pa.types.is_list(pictures.type) or pa.types.is_large_list(pictures.type)
+    counts = pc.fill_null(pc.list_value_length(pictures), 0) if is_list else pc.is_valid(pictures)
+    texts = dataset.select_columns(["messages", "sample_index"]).add_column("count", counts.to_numpy())
+    with bars_on_terminals():
+        texts = texts.map(
+            _message_parts,
+            features=Features({"messages": FEATURES["messages"]}),
+            remove_columns=["sample_index", "count"],
+        )
+    return concatenate_datasets([dataset.remove_columns("messages"), texts], axis=1)
+
+
+def _message_parts(row: dict[str, Any]) -> dict[str, Any]:
+    """The messages of a row with a part for each image and text, as TRL places images among texts."""
+    images = row.get("images") or [image for image in [row.get("image")] if image is not None]
+    try:
+        messages = prepare_multimodal_messages(row["messages"], images=[{}] * int(row.get("count", len(images))))
+    except ValueError as error:
+        raise ValueError(f"sample {row['sample_index']}: {error}") from error
+    made = []
+    for message in messages:
+        parts = [{"type": part["type"], "text": part.get("text")} for part in message.get("content") or []]
+        made.append({"role": message["role"], "content": parts})
+    return {"messages": made}

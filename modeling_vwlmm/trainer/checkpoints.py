@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from datasets import IterableDataset
 from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -20,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
 from ..data.fingerprint import data_fingerprint, what_changed
+from ..data.skipping import SkippingCollator
 from ..files import replacing
 from ..training_run import read_training_run
 from .integrity import add_hashes, check_whole, read_contents, what_is_missing, write_contents
@@ -210,8 +212,12 @@ class WholeCheckpoints(Trainer):
         # A run that was killed after its last step has none left, but transformers would take one more
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(**kwargs)
+            return
+        loader, trained = kwargs["train_dataloader"], kwargs["steps_trained_in_current_epoch"]
+        if trained and not self.args.ignore_data_skip and isinstance(self.train_dataset, IterableDataset):
+            # transformers reads a stream from its beginning, whose batches it drops
+            loader.collate_fn = SkippingCollator(loader.collate_fn, trained)
+        super()._run_epoch(**kwargs)
 
 
 def _own_share(weight: Any) -> torch.Tensor:

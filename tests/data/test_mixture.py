@@ -136,18 +136,55 @@ def test_what_does_not_fit_is_named(folder, case, streaming):
         load_mixture(entries, streaming)
 
 
+CONTENTS = {
+    "texts": lambda text, has_image: text,
+    "parts of the Hub": lambda text, has_image: (
+        [{"index": None, "text": text, "type": "text"}] + has_image * [{"index": 0, "text": None, "type": "image"}]
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_messages_of_one_type_are_made_of_several(folder, tmp_path, kind, streaming):
+    content = CONTENTS[kind]
+    rows = [
+        {
+            "messages": [
+                {"content": content("What?", i > 0), "role": "user"},
+                {"content": content(f"other {i}", False), "role": "assistant"},
+            ],
+            "images": [picture(i)] * (i > 0),
+        }
+        for i in range(3)
+    ]
+    Dataset.from_list(rows).cast_column("images", List(Image())).save_to_disk(tmp_path / "other")
+    entries = [*entries_of(folder, llava=None), MixedDataset(path=str(tmp_path / "other"))]
+    rows = list(load_mixture(entries, streaming))
+    others = [row for row in rows if answers_of([row])[0].startswith("other")]
+    assert len(rows) == 33 and [answers_of([row]) for row in others] == [[f"other {i}"] for i in range(3)]
+    image, question = {"type": "image", "text": None}, {"type": "text", "text": "What?"}
+    for i, row in enumerate(others):
+        expected = [question] if i == 0 else [image, question] if kind == "texts" else [question, image]
+        assert row["messages"][0] == {"role": "user", "content": expected}
+        assert len(row["images"]) == (i > 0) and all(image["bytes"] for image in row["images"])
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_columns_that_differ_are_named(folder, tmp_path, streaming):
-    plain = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}
-    Dataset.from_list([plain]).save_to_disk(tmp_path / "types")
+    parts = [{"type": "image", "text": None, "url": "a.png"}]
+    held = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]}
+    Dataset.from_list([{**held, "images": []}]).cast_column("images", List(Image())).save_to_disk(tmp_path / "types")
     Dataset.from_list([{**row_of("Hi"), "tools": "[]"}]).save_to_disk(tmp_path / "more")
     Dataset.from_list([row_of("Hi")]).select([]).save_to_disk(tmp_path / "none")
+    Dataset.from_list([{"prompt": "a", "completion": "b"}]).save_to_disk(tmp_path / "prompt")
     for name, message in {
         "types": "the column messages is .* in .*types, and .* in .*llava.json: expected one type",
         "more": "more has the column tools, .*llava.json has not",
         "none": "dataset .*none cannot be read",
+        "prompt": "prompt has the column completion, .*llava.json has not",
     }.items():
-        entries = [*entries_of(folder, llava=None), MixedDataset(path=str(tmp_path / name))]
+        entries = [*entries_of(folder, llava=None), MixedDataset(path=str(tmp_path / name), image_folder=".")]
         with pytest.raises(ValueError, match=message):
             load_mixture(entries, streaming)
 

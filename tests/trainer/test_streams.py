@@ -35,7 +35,12 @@ def test_a_stream_goes_on_to_the_same_weights(tmp_path, kind, workers):
     whole = trainer_of(tmp_path / "run", tiny_model(), STREAMS[kind](), **arguments)
     whole.train()
     resumed = trainer_of(tmp_path / "run", tiny_model(), STREAMS[kind](), **arguments)
+    collate = resumed.data_collator.torch_call
+    made = []
+    resumed.data_collator.torch_call = lambda examples: made.append(1) or collate(examples)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    if workers == 0:  # of batches before the checkpoint, none; one more is made while the last one trains
+        assert len(made) == 2 * arguments["gradient_accumulation_steps"] + 1
     losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (whole, resumed)]
     assert len(losses[0]) == 5 and losses[0] == losses[1]
     for name, tensor in whole.model.state_dict().items():
