@@ -13,8 +13,10 @@ DATA ?=
 IMAGES ?=
 HELD_OUT ?=
 TIMES ?= 1
+# Of make peers: the tests of a checkout of transformers
+TESTS ?=
 
-.PHONY: quickstart photos nano nano-refresh bench matrix attack test quality style
+.PHONY: quickstart photos nano nano-refresh bench matrix peers attack test quality style
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +44,9 @@ bench: $(VENV)/installed
 
 matrix: $(VENV)/installed
 	$(BIN)/python benchmarks/matrix.py
+
+peers: $(VENV)/installed
+	$(BIN)/python benchmarks/peers/run.py $(if $(TESTS),--tests $(TESTS))
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -46,8 +46,9 @@ class VWLmmPreTrainedModel(LlavaPreTrainedModel):
     ) -> _Model:
         """As in transformers, but weights that are missing, unexpected or of another shape are a `ValueError`.
 
-        Two callers ask for a model that is new in part: one that loads what the model without a head saved, which then
-        gets a new head, and one that wants to be told, with `output_loading_info=True`, what is missing or unexpected.
+        Three callers ask for a model that is new in part: one that loads what the model without a head saved, which
+        then gets a new head, one that gives an empty `state_dict`, and one that wants to be told, with
+        `output_loading_info=True`, what is missing or unexpected.
 
         A bitsandbytes config that names no `llm_int8_skip_modules` leaves both heads as they are.
         """
@@ -62,7 +63,7 @@ class VWLmmPreTrainedModel(LlavaPreTrainedModel):
         )
         model, info = loaded
         problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
-        if output_loading_info:
+        if output_loading_info or kwargs.get("state_dict") == {}:
             problems = {}
         elif model.config.architectures == [type(model.base_model).__name__]:
             problems["missing"] = {name for name in info["missing_keys"] if not name.startswith("lm_head.")}
@@ -71,7 +72,7 @@ class VWLmmPreTrainedModel(LlavaPreTrainedModel):
                 f"{name} {tuple(found)} instead of {tuple(expected)}"
                 for name, found, expected in info["mismatched_keys"]
             ]
-        _refuse(pretrained_model_name_or_path, problems)
+        _refuse(pretrained_model_name_or_path or "the state_dict", problems)
         return (model, info) if output_loading_info else model  # type: ignore[return-value]  # as in transformers
 
     def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs) -> Any:

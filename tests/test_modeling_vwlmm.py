@@ -330,3 +330,11 @@ def test_float32_images_go_into_a_bfloat16_model(tower):
     assert batch["pixel_values"].dtype == torch.float32
     assert torch.isfinite(model(**batch).logits).all()
     assert torch.isfinite(model.visual_words(batch["pixel_values"])).all()
+
+
+def test_outputs_hold_numbers_alone():
+    """Whoever compares outputs takes their differences, which masks have none of."""
+    model = tiny_model()
+    batch = without_labels(tiny_batch(model.config))
+    for outputs in (model(**batch, use_cache=False), model.model(**batch, use_cache=False)):
+        assert all(tensor.is_floating_point() for tensor in outputs.to_tuple())

@@ -25,6 +25,7 @@ from helpers.tiny import (
     VOCAB_SIZE,
     llm_config,
     tiny_batch,
+    tiny_config,
     tiny_model,
     tower_config,
     without_labels,
@@ -159,6 +160,14 @@ def test_a_model_without_a_head_leaves_the_head_out(tmp_path):
     assert not info["unexpected_keys"] and loaded.state_dict().keys() == model.model.state_dict().keys()
     # vLLM would leave out of the whole model what is named here
     assert not loaded._keys_to_ignore_on_load_unexpected and not model._keys_to_ignore_on_load_unexpected
+
+
+def test_an_empty_state_dict_asks_for_a_new_model():
+    config = tiny_config()
+    loaded = VWLmmForCausalLM.from_pretrained(None, config=config, state_dict={})
+    assert all(parameter.isfinite().all() for parameter in loaded.parameters())
+    with pytest.raises(ValueError, match="^the weights in the state_dict do not fit: missing: lm_head.weight, model"):
+        VWLmmForCausalLM.from_pretrained(None, config=config, state_dict={"model.vm_head.weight": torch.zeros(99, 16)})
 
 
 def test_a_resized_model_is_saved_and_loaded(tmp_path):

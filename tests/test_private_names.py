@@ -30,6 +30,8 @@ NAMES = {
     "transformers.modeling_outputs.BaseModelOutputWithPast": "our outputs add the image mask to it",
     "transformers.modeling_outputs.BaseModelOutputWithPooling": "our outputs add the projected features to it",
     "transformers.modeling_outputs.CausalLMOutputWithPast": "our outputs add the two losses to it",
+    "transformers.processing_utils.Unpack": "what else forward takes, which callers look up in its signature",
+    "transformers.utils.TransformersKwargs": "what else forward takes, which callers look up in its signature",
     "transformers.utils.can_return_tuple": "as LLaVA's forward",
     "transformers.utils.torch_compilable_check": "placeholders are counted under torch.compile too",
     # transformers: generation

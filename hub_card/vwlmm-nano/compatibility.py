@@ -36,7 +36,8 @@ try:
         BaseModelOutputWithPooling,
         CausalLMOutputWithPast,
     )
-    from transformers.utils import can_return_tuple, logging, torch_compilable_check  # noqa: F401
+    from transformers.processing_utils import Unpack  # noqa: F401
+    from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check  # noqa: F401
 except ImportError as error:
     raise ImportError(f"VW-LMM works with {WORKS_WITH}, found {transformers.__version__}: {error}") from None
 

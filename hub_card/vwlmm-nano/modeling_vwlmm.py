@@ -13,6 +13,8 @@ from .compatibility import (
     Cache,
     LlavaForConditionalGeneration,
     LlavaModel,
+    TransformersKwargs,
+    Unpack,
     VWLmmCausalLMOutputWithPast,
     VWLmmImageOutput,
     VWLmmModelOutputWithPast,
@@ -159,7 +161,7 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         mm_encoder_outputs: dict | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | VWLmmModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -288,7 +290,7 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, ImageTokenGenerationMixin, LlavaFor
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | VWLmmCausalLMOutputWithPast:
         """The forward pass of LLaVA, which returns the losses if there are `labels`.
 
