@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils.data import get_worker_info
+import torch
 
 
 class SkippingCollator:
@@ -21,7 +21,7 @@ class SkippingCollator:
         self.collator, self.count, self.seen = collator, count, 0
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
-        worker = get_worker_info()
+        worker = torch.utils.data.get_worker_info()
         turn = self.seen if worker is None else self.seen * worker.num_workers + worker.id
         self.seen += 1
         return {} if turn < self.count else self.collator(examples)
