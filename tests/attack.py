@@ -142,7 +142,7 @@ def command_of(folder, number, seed):
 
 
 def trial(folder, number, seed):
-    """What became of a trial: `"0"`, `"2"`, or what is wrong."""
+    """What became of a trial, `"0"`, `"2"`, or what is wrong, what it said, and the bytes of memory that it took."""
     shutil.rmtree(folder / "trial", ignore_errors=True)
     shutil.copytree(folder / "whole", folder / "trial")
     recipe = folder / "trial" / "recipe.yaml"
@@ -154,7 +154,7 @@ def trial(folder, number, seed):
         for number_of, path in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(folder / path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number_of)
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (now + 3 * MEMORY,) * 2)  # which spares the machine
         status = 1
         try:
             vwlmm(command)
@@ -166,23 +166,26 @@ def trial(folder, number, seed):
         finally:
             sys.stderr.flush()
             os._exit(status)
-    deadline, ended = time.monotonic() + SECONDS, (0, 0)
-    while ended[0] == 0 and time.monotonic() < deadline:
-        ended = os.waitpid(child, os.WNOHANG)
+    deadline, ended = time.monotonic() + SECONDS, 0
+    while ended == 0 and time.monotonic() < deadline:
+        ended, code, used = os.wait4(child, os.WNOHANG)
         time.sleep(0.005)
     said = f"{name}: {' '.join(command[:1])}"
-    if ended[0] == 0:
+    if ended == 0:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        return "hang", said
+        return "hang", said, 0
+    memory = used.ru_maxrss * 1024
     lines = (folder / "stderr").read_text(errors="replace").strip().splitlines()
     last = lines[-1][:300] if lines else ""
     if (folder / "whole" / "ran").exists() or (folder / "trial" / "ran").exists():
-        return "code run", said
-    status = os.waitstatus_to_exitcode(ended[1])
+        return "code run", said, memory
+    status = os.waitstatus_to_exitcode(code)
+    if memory > MEMORY:
+        return "memory", f"{said}: {memory / 2**30:.1f} GB", memory
     if status == 2 and last.startswith("vwlmm "):
-        return "2", last
-    return ("0" if status == 0 else "traceback" if status == 1 else f"status {status}"), f"{said}: {last}"
+        return "2", last, memory
+    return ("0" if status == 0 else "traceback" if status == 1 else f"status {status}"), f"{said}: {last}", memory
 
 
 def main():
@@ -191,7 +194,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one trial, whose command prints what it prints")
     arguments = parser.parse_args()
-    counts, started = collections.Counter(), time.monotonic()
+    counts, most, started = collections.Counter(), 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vwlmm-attack-") as scratch:
         folder = Path(scratch)
         (folder / "whole").mkdir()
@@ -201,14 +204,15 @@ def main():
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         for number in range(arguments.trials) if arguments.only is None else [arguments.only]:
-            result, said = trial(folder, number, arguments.seed)
+            result, said, memory = trial(folder, number, arguments.seed)
             counts[result] += 1
+            most = max(most, memory)
             if result not in ("0", "2") or arguments.only is not None:
                 print(f"trial {number}: {result}: {said}", flush=True)
         if arguments.only is not None:
             print((folder / "stderr").read_text(errors="replace"))
     minutes = (time.monotonic() - started) / 60
-    print(f"{sum(counts.values())} trials in {minutes:.1f} minutes: {dict(counts)}")
+    print(f"{sum(counts.values())} trials in {minutes:.1f} minutes, {most / 2**30:.1f} GB at most: {dict(counts)}")
     sys.exit(0 if set(counts) <= {"0", "2"} else 1)
 
 
