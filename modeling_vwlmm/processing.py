@@ -93,6 +93,13 @@ def make_processor(
     )
 
 
+def check_processor(processor: LlavaProcessor, config: VWLmmConfig) -> None:
+    """`ValueError` if a processor does not fit a model: see [`check_tokens`], and it has to count the patches."""
+    check_tokens(processor.tokenizer, processor.image_token, config)
+    if not processor.patch_size:
+        raise ValueError("the processor has no patch_size: vwlmm convert writes one that counts its model's patches")
+
+
 def check_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str, config: VWLmmConfig) -> None:
     """`ValueError` if the tokenizer has another image token than the model, or a special token the LLM has no row for.
 

@@ -56,7 +56,7 @@ def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "
 
     from ..known_fields import check_fields
     from ..modeling_vwlmm import VWLmmForCausalLM
-    from ..processing import check_tokens
+    from ..processing import check_processor
     from ..weights import check_shards
 
     quiet()
@@ -72,7 +72,7 @@ def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "
     model = model.to(device).eval()
     with reading(f"the processor of {folder}"):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        check_tokens(processor.tokenizer, processor.image_token, model.config)
+        check_processor(processor, model.config)
     return model, processor
 
 

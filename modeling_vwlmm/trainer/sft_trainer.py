@@ -20,7 +20,7 @@ from ..data.reading import ReadingCollator
 from ..files import reading, remove_code
 from ..hub.card import write_card
 from ..modeling_vwlmm import VWLmmForCausalLM
-from ..processing import check_tokens
+from ..processing import check_processor
 from ..stages import trained_parts
 from ..training_run import describe_run, fingerprint, read_training_run, write_training_run
 from ..visual_word_loss import scored_positions
@@ -146,7 +146,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, PackedBatches, HubMixin, SFTTrainer):
             start_projector(model, args, processing_class, train_dataset)
         if isinstance(data_collator, VWLmmDataCollator):
             processor: Any = data_collator.processor
-            check_tokens(processor.tokenizer, processor.image_token, base_model.config)
+            check_processor(processor, base_model.config)
             # The collator finds what the assistant says. TRL would look for generation markers
             args.assistant_only_loss = False
         if isinstance(train_dataset, IterableDataset):

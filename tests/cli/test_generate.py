@@ -91,6 +91,17 @@ def test_fields_of_wrong_types_are_named_with_their_file(tmp_path, capsys, model
     assert message == f"vwlmm generate: {path}: {field} is {json.dumps(value)}, expected {expected}"
 
 
+def test_a_processor_that_counts_no_patches_is_named(tmp_path, capsys, model_folder, data):
+    path = model_folder / "processor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "patch_size": None}))
+    picture(0).save(tmp_path / "a.png")
+    for call in (
+        ("generate", str(model_folder), str(tmp_path / "a.png"), "--prompt", "w5"),
+        ("train", "--config", recipe_of(tmp_path, model_folder, data), *CPU),
+    ):
+        assert "the processor has no patch_size" in error_of(capsys, *call)
+
+
 def test_special_tokens_without_a_row_are_named(tmp_path, capsys, model_folder, data):
     path = model_folder / "tokenizer_config.json"
     fields = json.loads(path.read_text())
