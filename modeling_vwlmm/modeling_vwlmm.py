@@ -199,10 +199,7 @@ class VWLmmModel(VWLmmPreTrainedModel, LlavaModel):
         return VWLmmModelOutputWithPast(**kept, image_hidden_states=image_features)
 
     def image_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, has_images: bool) -> Any:
-        """Where placeholders stand, (B, T): by their id, or else, as in LLaVA, by the image token's embedding.
-
-        None where embeddings are given without images.
-        """
+        """Where placeholders stand, (B, T): by their id or, in embeddings with images, by theirs; or else None."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         if not has_images or inputs_embeds is None:
