@@ -86,9 +86,15 @@ def vocabulary_used(first: np.ndarray) -> int:
     return len(np.unique(first))
 
 
+def most_used(mean: torch.Tensor, k: int = 10) -> list[tuple[int, float]]:
+    """The k entries that are the most probable on average with their probabilities, (V,) to k pairs."""
+    values, entries = mean.topk(min(k, len(mean)))
+    return list(zip(entries.tolist(), values.tolist(), strict=True))
+
+
 def mass_of_most_used(mean: torch.Tensor, k: int = 10) -> float:
     """The probability of the k words that are the most probable on average, (V,) to a number."""
-    return float(mean.topk(min(k, len(mean))).values.sum())
+    return sum(mass for _, mass in most_used(mean, k))
 
 
 def mass_of(mean: torch.Tensor, entries: Sequence[int]) -> float:

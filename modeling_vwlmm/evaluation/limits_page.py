@@ -10,7 +10,7 @@ from ..hub.card import LIMITS_TASK
 from ..hub.card_facts import INTERVAL
 from ..hub.card_pictures import LIMITS_PICTURE
 from .intervals import Interval
-from .limits_report import Row
+from .limits_report import Row, Value
 
 
 QUESTIONS = {
@@ -40,7 +40,7 @@ def results_of_limits(rows: Sequence[Row], dataset: str) -> list[dict[str, Any]]
         }
         for split in _splits(rows)  # one after another: the card's metadata group them by split
         for row in rows
-        if (value := row.values.get(split)) is not None
+        if (value := row.values.get(split)) is not None and not isinstance(value, list)
     ]
 
 
@@ -80,11 +80,15 @@ def markdown(rows: Sequence[Row], title: str) -> str:
 
 
 def draw_limits(rows: Sequence[Row]) -> Any:
-    """The figures as bars, a panel a topic: a `matplotlib.figure.Figure`. Figures beyond 1 have their number alone."""
+    """The figures as bars, a panel a topic: a `matplotlib.figure.Figure`.
+
+    Figures beyond 1 have their number alone, and words stand on the page.
+    """
     from matplotlib.figure import Figure  # takes a second
 
     splits = _splits(rows)
-    panels = {topic: [row for row in rows if row.topic == topic] for topic in QUESTIONS}
+    figures = [row for row in rows if not any(isinstance(value, list) for value in row.values.values())]
+    panels = {topic: [row for row in figures if row.topic == topic] for topic in QUESTIONS}
     panels = {topic: own for topic, own in panels.items() if own}
     heights = [len(own) + 1.2 for own in panels.values()]
     figure = Figure(figsize=(9, 0.36 * sum(heights) + 0.6), dpi=120, layout="constrained")
@@ -94,7 +98,8 @@ def draw_limits(rows: Sequence[Row]) -> Any:
         axes = figure.add_subplot(grid[place])
         for i, split in enumerate(splits):
             for y, row in enumerate(own):
-                if (value := row.values.get(split)) is None:
+                value = row.values.get(split)
+                if value is None or isinstance(value, list):
                     continue
                 mean = value.mean if isinstance(value, Interval) else value
                 at, color = y + (i - (len(splits) - 1) / 2) * thickness, f"C{i}"
@@ -125,7 +130,16 @@ def _ends(value: Interval) -> list[float]:
     return [round(value.low, 4), round(value.high, 4)]
 
 
-def _shown(value: Interval | float) -> str:
+def _shown(value: Value) -> str:
+    if isinstance(value, list):
+        return ", ".join(f"{_literally(word)} {mass:.3f}" for word, mass in value)
     if isinstance(value, Interval):
         return f"{value.mean:.4g} [{value.low:.4g}, {value.high:.4g}]"
     return f"{value:.4g}"
+
+
+def _literally(word: str) -> str:
+    """A word in a cell of a table, whatever it would mean in Markdown."""
+    fence = "``" if "`" in word else "`"
+    blank = " " if "`" in word else ""
+    return f"{fence}{blank}{word}{blank}{fence}".replace("|", "\\|")

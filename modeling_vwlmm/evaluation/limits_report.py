@@ -12,6 +12,7 @@ from transformers import LlavaProcessor
 
 from ..data.images import open_images
 from ..modeling_vwlmm import VWLmmForCausalLM
+from ..words import readable
 from . import limits
 from .evaluate import OVERALL, Evaluation, evaluate
 from .intervals import Interval, interval
@@ -19,6 +20,7 @@ from .questions import Question
 
 
 KEPT = 10  # words of a patch that are kept of its distribution
+Value = Interval | float | list[tuple[str, float]]
 
 
 @dataclass
@@ -112,22 +114,25 @@ def names_of(questions: Sequence[Question]) -> dict[Any, set[str]]:
 
 @dataclass
 class Row:
-    """A figure of the report: a topic, what it is, and its value on every split, a number or an interval."""
+    """A figure of the report: a topic, what it is, and its value on every split.
+
+    That is a number, an interval, or words with their probabilities.
+    """
 
     topic: str
     name: str
-    values: dict[str, Interval | float]
+    values: dict[str, Value]
 
 
 def word_rows(
     measured: Measured, vocabulary: list[str], names: list[set[str]], special: list[int]
-) -> dict[tuple[str, str], Interval | float]:
+) -> dict[tuple[str, str], Value]:
     """The figures of a split that need no answers: (topic, name) to an interval over images or a number."""
 
     def over_images(values: np.ndarray) -> Interval:
         return interval(values.mean(1))
 
-    found: dict[tuple[str, str], Interval | float] = {
+    found: dict[tuple[str, str], Value] = {
         ("information loss", "cosine of f' and f"): over_images(measured.cosine),
         ("information loss", "norm of f' - f over norm of f"): over_images(measured.relative_error),
     }
@@ -182,7 +187,7 @@ def report(
     special = list(processor.tokenizer.all_special_ids)
     rows: dict[tuple[str, str], Row] = {}
 
-    def add(split: str, found: dict[tuple[str, str], Interval | float]) -> None:
+    def add(split: str, found: dict[tuple[str, str], Value]) -> None:
         for (topic, name), value in found.items():
             rows.setdefault((topic, name), Row(topic, name, {})).values[split] = value
 
@@ -226,9 +231,11 @@ def report(
         # Of several images of a question the first stands for all
         images = (open_images({**question.row(), "images": question.images[:1]})[0] for question in shown.values())
         names = names_of(questions)
-        found = word_rows(
-            measure_images(model, processor, images), vocabulary, [names.get(key, set()) for key in shown], special
-        )
+        measured = measure_images(model, processor, images)
+        found = word_rows(measured, vocabulary, [names.get(key, set()) for key in shown], special)
+        found["bias", "the ten most used words"] = [
+            (readable(processor.tokenizer, entry), mass) for entry, mass in limits.most_used(measured.mean)
+        ]
         losses = {key: value for key, value in found.items() if key[0] == "information loss"}
         add(split, {**losses, **answered, **found})
     topics = ["information loss", "semantic gap", "bias", "expressiveness", "alignment control", "left out"]

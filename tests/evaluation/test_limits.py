@@ -25,6 +25,7 @@ def test_expressiveness():
 def test_bias():
     assert limits.vocabulary_used(np.array([[3, 3], [5, 3]])) == 2
     mean = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    assert limits.most_used(mean, 2) == [(3, pytest.approx(0.4)), (2, pytest.approx(0.3))]
     assert limits.mass_of_most_used(mean, 2) == pytest.approx(0.7)
     assert limits.mass_of_most_used(mean) == pytest.approx(1)
     assert limits.mass_of(mean, [0, 1, 99]) == pytest.approx(0.3)

@@ -1,5 +1,7 @@
 """The limits report of a tiny model."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from helpers.tiny import tiny_model
 from modeling_vwlmm.data.images import open_images
 from modeling_vwlmm.evaluation.evaluate import evaluate
 from modeling_vwlmm.evaluation.limits_page import QUESTIONS, markdown, results_of_limits, write_page
-from modeling_vwlmm.evaluation.limits_report import measure_images, names_of, of_other_images, report
+from modeling_vwlmm.evaluation.limits_report import Row, measure_images, names_of, of_other_images, report
 from modeling_vwlmm.evaluation.questions import questions_of
 
 
@@ -80,13 +82,26 @@ def test_the_report_answers_every_question_on_both_splits(pair, questions, tmp_p
         == evaluate(*pair, questions, max_new_tokens=3).figures["exact_match"]["overall"]
     )
     assert by_name["perplexity of a visual word"].values["held out"].mean > 1
+    most_used = by_name["the ten most used words"].values["held out"]
+    assert len(most_used) == 10 and most_used[0][1] > most_used[9][1]
+    mass = by_name["mass of the ten most used words"].values["held out"]
+    assert sum(mass for _, mass in most_used) == pytest.approx(mass)
     page = write_page(rows, tmp_path, "tiny").read_text()
     assert page == markdown(rows, "tiny") and "| held out | training |" in page
     assert (tmp_path / "assets" / "limits.png").stat().st_size > 10_000 and (tmp_path / "limits.json").is_file()
     results = results_of_limits(rows, "d")
-    assert len(results) == 2 * len(rows) and {r["task_type"] for r in results} == {"image-feature-extraction"}
+    assert json.loads((tmp_path / "limits.json").read_text())["bias: the ten most used words"]["held out"] == [
+        list(pair) for pair in most_used
+    ]
+    assert f"`{most_used[0][0]}` {most_used[0][1]:.3f}, `{most_used[1][0]}`" in page
+    assert len(results) == 2 * (len(rows) - 1) and {r["task_type"] for r in results} == {"image-feature-extraction"}
 
 
 def test_data_without_images(pair, questions):
     with pytest.raises(ValueError, match="the held out data have no images"):
         report(*pair, {"held out": [question for question in questions if not question.images]})
+
+
+def test_a_word_is_no_markdown():
+    row = Row("bias", "the ten most used words", {"d": [("|", 0.5), ("`", 0.25), ("<b>", 0.125)]})
+    assert "| `\\|` 0.500, `` ` `` 0.250, `<b>` 0.125 |" in markdown([row], "tiny")
