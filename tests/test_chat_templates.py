@@ -7,6 +7,7 @@ import jinja2
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from helpers import ROOT
 from helpers.messages import IMAGE, render, text
@@ -45,6 +46,14 @@ def test_templates_with_images(template):
     rendered = render(template, [{"role": "user", "content": content}])
     around = {"vicuna_v1": f"{VICUNA_SYSTEM} USER: {{}} ", "mistral": "[INST] {} [/INST]", "plain": "{}\n"}
     assert rendered == around[template].format("<image><image>\nCompare <image>and this.")
+
+
+def test_photos_are_asked_about_as_in_training():
+    """Whose conversations have a line break after the image; what is asked from the command line has none."""
+    template = (ROOT / "recipes" / "photos" / "chat_template.jinja").read_text(encoding="utf-8")
+    chats = [[{"role": "user", "content": [IMAGE, text(asked)]}] for asked in ("\nWhat is this?", "What is this?")]
+    rendered, _ = render_jinja_template(chats, chat_template=template)
+    assert rendered == ["<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n"] * 2
 
 
 @pytest.mark.parametrize("content", ["Be brief.", [text("Be brief.")]])

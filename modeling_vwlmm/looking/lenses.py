@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import normalize
+from torch import nn
 from transformers import LlavaProcessor
 
 from ..modeling_vwlmm import VWLmmForCausalLM
@@ -38,7 +38,8 @@ def lens_words(
     outputs = model.model(**inputs, output_hidden_states=True)
     mask, count = inputs["input_ids"] == model.config.image_token_id, model.config.visual_vocab_size
     hidden = [state[mask.to(state.device)] for state in outputs.hidden_states]  # (patches, d) each
-    embeddings = normalize(embedding_rows(model.get_input_embeddings(), count, hidden[0].device).float(), dim=-1)
+    embeddings = embedding_rows(model.get_input_embeddings(), count, hidden[0].device).float()
+    embeddings = nn.functional.normalize(embeddings, dim=-1)
 
     def logits(state: torch.Tensor) -> torch.Tensor:
         return model.lm_head(llm.norm(state))
@@ -51,5 +52,5 @@ def lens_words(
     for layer, state in enumerate(hidden):
         is_last = layer == len(hidden) - 1  # which went through the norm already
         lenses[f"logit lens, layer {layer}"] = best(state, model.lm_head if is_last else logits)
-    lenses[EMBEDDING] = best(hidden[0], lambda state: normalize(state.float(), dim=-1) @ embeddings.T)
+    lenses[EMBEDDING] = best(hidden[0], lambda state: nn.functional.normalize(state.float(), dim=-1) @ embeddings.T)
     return lenses
