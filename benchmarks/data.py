@@ -81,13 +81,15 @@ def peak():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, help="of each kind of data; as many as LLaVA-1.5 has if not given")
+    parser.add_argument("--data", nargs="+", choices=["pairs", "conversations"], default=["pairs", "conversations"])
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measured(*arguments.measure)))
         return
     print("| data | reader | s | x json.load | MB |\n|---|---|---|---|---|")
-    for kind, make, count in (("pairs", pairs, PAIRS), ("conversations", conversations, CONVERSATIONS)):
+    for kind in arguments.data:
+        make, count = {"pairs": (pairs, PAIRS), "conversations": (conversations, CONVERSATIONS)}[kind]
         with tempfile.TemporaryDirectory() as folder:
             images, path = Path(folder, "images"), Path(folder, "data.json")
             for folder_of_images in {name_of(i).split("/")[0] for i in range(IMAGES)}:
