@@ -73,7 +73,7 @@ setup(
         "quality": ["mypy==2.4.1", "ruff==0.17.6"],
     },
     entry_points={
-        "console_scripts": ["vwlmm = modeling_vwlmm.cli:main"],
+        "console_scripts": ["vwlmm = modeling_vwlmm.__main__:main"],
         "lmms_eval.models": ["vwlmm = modeling_vwlmm.evaluation.lmms:MANIFEST"],
     },
 )

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 
 from .files import read_json_object
 
@@ -44,16 +46,25 @@ _KINDS = {
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
 
 
-def check_fields(folder: str | os.PathLike) -> None:
+def check_fields(folder: str | os.PathLike, **hub: Any) -> None:
     """`ValueError` with file and field if a well-known field, at any depth, is of a type that no library reads.
 
     Args:
-        folder: of a model. What is no folder is the name of a repository, whose files are not looked at.
+        folder: of a model, or its repository.
+        hub: for `hf_hub_download`, such as a `revision`.
     """
+    is_folder = os.path.isdir(folder)
     for name in _FILES:
         path = Path(folder) / name
+        if not is_folder:
+            try:
+                path = Path(hf_hub_download(os.fspath(folder), name, **hub))
+            except RemoteEntryNotFoundError:
+                continue
+            except (OSError, HFValidationError):  # it cannot be reached, which loading it will say
+                return
         if path.is_file():
-            _check(path, read_json_object(path), "")
+            _check(Path(folder) / name, read_json_object(path), "")
 
 
 def _check(path: Path, fields: dict[str, Any], prefix: str) -> None:

@@ -57,6 +57,7 @@ def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "
     from ..known_fields import check_fields
     from ..modeling_vwlmm import VWLmmForCausalLM
     from ..processing import check_processor
+    from ..template_check import check_template
     from ..weights import check_shards
 
     quiet()
@@ -73,6 +74,7 @@ def load(folder: str, adapter: str | None = None) -> tuple["VWLmmForCausalLM", "
     with reading(f"the processor of {folder}"):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         check_processor(processor, model.config)
+    check_template(processor, folder)
     return model, processor
 
 

@@ -18,6 +18,7 @@ from trl.data_utils import apply_chat_template, is_conversational, prepare_multi
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..processing import IMAGE_PARTS
+from ..template_check import rendering
 from .images import open_images
 from .message_images import gather_images
 from .packing import lay_out
@@ -162,14 +163,16 @@ class VWLmmDataCollator(DataCollatorForVisionLanguageModeling):
         texts = [example.get(field) for field in fields]
         try:
             if "messages" in example:
-                example["rendered"] = self._render(example)
+                with rendering():
+                    example["rendered"] = self._render(example)
                 texts = [example["rendered"][0]]
             elif is_conversational(example):
                 prompt = prepare_multimodal_messages(example["prompt"], images=example["images"])
                 completion = prepare_multimodal_messages(example["completion"])
-                rendered = apply_chat_template(
-                    {"prompt": prompt, "completion": completion}, self.processor, **_template_variables(example)
-                )
+                with rendering():
+                    rendered = apply_chat_template(
+                        {"prompt": prompt, "completion": completion}, self.processor, **_template_variables(example)
+                    )
                 if self._adds_bos_token(rendered["prompt"]):
                     rendered["prompt"] = self.processor.tokenizer.bos_token + rendered["prompt"]
                 example.update(rendered)

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..data.images import open_images
 from ..modeling_vwlmm import VWLmmForCausalLM
+from ..template_check import rendering
 from .questions import Question
 
 
@@ -69,7 +70,8 @@ def prompt_text(processor: LlavaProcessor, question: Question) -> str:
     if isinstance(question.prompt, str):
         return question.prompt
     try:
-        return processor.apply_chat_template(question.prompt, add_generation_prompt=True)
+        with rendering():
+            return processor.apply_chat_template(question.prompt, add_generation_prompt=True)
     except (TemplateError, ValueError) as error:
         raise ValueError(f"question {question.id}: {error}") from error
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import replacing, write_json
 from ..hub.card import LIMITS_TASK
 from ..hub.card_facts import INTERVAL
 from ..hub.card_pictures import LIMITS_PICTURE
@@ -47,7 +47,8 @@ def results_of_limits(rows: Sequence[Row], dataset: str) -> list[dict[str, Any]]
 def write_page(rows: Sequence[Row], folder: Path, title: str) -> Path:
     """Write `limits.md`, `limits.json` and the picture into a folder; returns the path of the page."""
     (folder / LIMITS_PICTURE).parent.mkdir(parents=True, exist_ok=True)
-    draw_limits(rows).savefig(folder / LIMITS_PICTURE)
+    with replacing(folder / LIMITS_PICTURE) as beside:
+        draw_limits(rows).savefig(beside)
     values = {
         f"{row.topic}: {row.name}": {
             split: dict(zip(Interval.__annotations__, value, strict=True)) if isinstance(value, Interval) else value
@@ -57,7 +58,8 @@ def write_page(rows: Sequence[Row], folder: Path, title: str) -> Path:
     }
     write_json(folder / "limits.json", values)
     page = folder / "limits.md"
-    page.write_text(markdown(rows, title), encoding="utf-8")
+    with replacing(page) as beside:
+        beside.write_text(markdown(rows, title), encoding="utf-8")
     return page
 
 

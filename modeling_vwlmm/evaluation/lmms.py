@@ -19,6 +19,7 @@ from ..data.message_images import gather_images
 from ..known_fields import check_fields
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..processing import IMAGE_MARKER
+from ..template_check import check_template
 from ..weights import check_shards
 from .generation import generate_answers, inputs_of, prompt_text
 from .questions import Question
@@ -63,12 +64,13 @@ class VWLmm(lmms):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size is {batch_size}, expected a whole number, 1 or more")
         self.batch_size = int(batch_size)
-        check_shards(pretrained)
-        check_fields(pretrained)
         hub: dict[str, Any] = {} if revision is None else {"revision": revision}
+        check_shards(pretrained)
+        check_fields(pretrained, **hub)
         model: Any = VWLmmForCausalLM.from_pretrained(pretrained, dtype=dtype, **hub)
         self.model = model.to(self.device).eval()
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=False, **hub)
+        check_template(self.processor, pretrained)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """An answer to each request, `(ctx, doc_to_messages, gen_kwargs, doc_id, task, split)`."""

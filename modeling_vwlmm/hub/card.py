@@ -11,7 +11,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..files import read_json_object
+from ..files import read_json_object, replacing
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..training_run import read_training_run
 from .card_facts import facts_of, hardware_lines, listed, metadata_of, read_eval_results, result_tables, stage_rows
@@ -100,7 +100,8 @@ def write_card(
         limits=result_tables(result for result in results if result.task_type == LIMITS_TASK),
     )
     card.text = "\n" + "\n\n".join(filter(None, [before, BEGIN, card.text.strip(), END, after])) + "\n"
-    card.save(folder / "README.md")
+    with replacing(folder / "README.md") as beside:
+        card.save(beside)
     return card
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from transformers import AutoProcessor
 
 from ..data.images import open_images
-from ..files import read_json, read_json_object
+from ..files import read_json, read_json_object, replacing
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..words import draw_words, top_words
 from .card_facts import listed
@@ -45,9 +45,11 @@ def draw_losses(folder: Path, stages: list[dict[str, Any]]) -> str | None:
         axes.set(title=stage["stage"] or "training", xlabel="step", ylabel="nats", yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")
-    figure.savefig(folder / LOSSES_PICTURE)
+    with replacing(folder / LOSSES_PICTURE) as beside:
+        figure.savefig(beside)
     lines = ",\n".join(json.dumps(stage) for stage in losses)
-    (folder / LOSSES).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    with replacing(folder / LOSSES) as beside:
+        beside.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     return LOSSES_PICTURE
 
 
@@ -85,7 +87,8 @@ def draw_visual_words(model: VWLmmForCausalLM, folder: Path) -> str | None:
         picture = draw_words(processor, images, words)
     except ValueError:  # patches that are no grid
         return None
-    picture.savefig(folder / WORDS_PICTURE)
+    with replacing(folder / WORDS_PICTURE) as beside:
+        picture.savefig(beside)
     return WORDS_PICTURE
 
 

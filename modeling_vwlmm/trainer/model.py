@@ -53,7 +53,7 @@ def load_model(
         model.config.name_or_path = name
         return model
     check_shards(name)
-    check_fields(name)
+    check_fields(name, **hub)
     with reading(f"the model {name}"):
         model = create_model_from_path(name, VWLmmForCausalLM, **model_init_kwargs)
     if args.deepspeed_plugin is not None:

@@ -22,6 +22,7 @@ from ..hub.card import write_card
 from ..modeling_vwlmm import VWLmmForCausalLM
 from ..processing import check_processor
 from ..stages import trained_parts
+from ..template_check import check_template
 from ..training_run import describe_run, fingerprint, read_training_run, write_training_run
 from ..visual_word_loss import scored_positions
 from .batches import PackedBatches, check_batches, collator_of
@@ -115,6 +116,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, PackedBatches, HubMixin, SFTTrainer):
                 processing_class = AutoProcessor.from_pretrained(
                     base_model.config.name_or_path, trust_remote_code=False, **hub
                 )
+            check_template(processing_class, base_model.config.name_or_path)
         # TRL's own pipeline for text tokenizes beforehand, and is used where it is asked for
         is_text = kwargs.get("formatting_func") is not None
         # Another collator gets its rows as they are, with images that are open

@@ -1,5 +1,6 @@
 """Calls of `vwlmm` that are no good, its help."""
 
+import json
 import os
 import pickle
 import shutil
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from helpers import ROOT
 from helpers.command_line import CPU, error_of, recipe_of
 from helpers.conversations import picture
+from helpers.hub_server import Repo
 from modeling_vwlmm.cli import main, shared
 from modeling_vwlmm.cli.main import VERBS
 from modeling_vwlmm.files import reading
@@ -119,11 +121,43 @@ def test_a_mistyped_model_is_no_fault_of_the_connection(tmp_path, capsys, data, 
     assert "my/modle: no such folder, and no repository that can be reached" in message
 
 
+def test_fields_of_a_repository_are_checked_as_those_of_a_folder(hub, tmp_path, capsys, model_folder, data):
+    config = json.loads((model_folder / "config.json").read_text())
+    config["vision_config"]["hidden_size"] = "wide"
+    files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    repo = hub.repos["me/model"] = Repo(private=False)
+    repo.commit("main", {**files, "config.json": json.dumps(config).encode()}, "model")
+    said = 'me/model/config.json: vision_config.hidden_size is "wide", expected a whole number or a list of them'
+    image = str(data.parent / "images" / "0.png")
+    assert said in error_of(capsys, "generate", "me/model", image, "--prompt", "w20")
+    recipe = recipe_of(tmp_path, "me/model", data)
+    assert said in error_of(capsys, "train", "--config", recipe, *CPU)
+
+
 def test_an_interruption_of_the_first_imports_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.set_client_factory", lambda factory: throw(KeyboardInterrupt()))
     with pytest.raises(SystemExit) as exit_of:
         main(["words"])
     assert exit_of.value.code == 130 and capsys.readouterr().err.strip() == "vwlmm words: interrupted"
+
+
+INTERRUPTED = """
+import sys
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "huggingface_hub":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupts())
+from modeling_vwlmm.__main__ import main
+main()
+"""
+
+
+def test_an_interruption_before_there_is_a_verb_is_one_line():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\nvwlmm: interrupted\n")
 
 
 def test_wrong_calls_do_not_print_the_whole_usage(capsys, model_folder):

@@ -121,3 +121,23 @@ def test_bad_recipes_are_one_line_and_status_2(tmp_path, capsys, model_folder, d
     recipe = recipe_of(tmp_path, model_folder, data, **fields)
     assert re.search(message, error_of(capsys, "train", "--config", recipe, *CPU))
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_run_whose_push_failed_is_pushed_by_the_same_command(tmp_path, capsys, model_folder, data, hub, checked):
+    out = tmp_path / "out"
+    call = ["train", "--config", recipe_of(tmp_path, model_folder, data), *CPU, "--push_to_hub", "true"]
+    call += ["--hub_model_id", "me/trained"]
+    hub.faults.append(("commit", 500))
+    with pytest.raises(SystemExit) as exit_of:
+        main(call)
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert exit_of.value.code == 2 and last.startswith(
+        f"vwlmm train: {out} is finished, but not on the Hub; vwlmm push {out} me/trained sends it: "
+        "me/trained: the Hub answered 500"
+    )
+    assert "model.safetensors" not in hub.files("me/trained")
+    written = (out / "model.safetensors").stat()
+    main(call)
+    assert f"{out} is finished, there is nothing left to do" in capsys.readouterr().err
+    assert hub.files("me/trained")["model.safetensors"] == (out / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").stat().st_mtime_ns == written.st_mtime_ns  # it was not trained again

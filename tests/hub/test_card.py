@@ -116,6 +116,20 @@ def test_what_is_written_by_hand_is_kept(model_folder):
     assert "model-index" not in metadata_of(model_folder)
 
 
+def test_a_card_that_cannot_be_written_leaves_the_one_that_is_there(model_folder, monkeypatch):
+    (model_folder / "README.md").write_text("by hand")
+
+    def half(card, path):
+        Path(path).write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(ModelCard, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        write_card(model_folder)
+    assert (model_folder / "README.md").read_text() == "by hand"
+    assert not list(model_folder.glob(".*README.md"))
+
+
 def test_what_goes_with_a_renewed_key_is_renewed(model_folder):
     old = write_card(write(model_folder, results=RESULTS), "someone/other").data.to_dict()
     old |= {"license": "other", "license_name": "mine", "license_link": "LICENSE", "base_model_relation": "quantized"}

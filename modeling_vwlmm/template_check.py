@@ -1,0 +1,101 @@
+"""Whether a model's chat template, which is a program of whoever wrote it, ends."""
+
+import contextlib
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+
+SECONDS = 10  # of computing, for a text that takes a few thousandths of one
+MEMORY = 2**30  # bytes beyond those that the process has
+_ENDLESS = "the chat template does not end within {} seconds"
+# Templates look at who speaks, how often, and whether there are images
+_CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}],
+    [
+        {"role": "system", "content": [{"type": "text", "text": "Answer."}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Why?"}]},
+    ],
+]
+
+
+def check_template(processor: Any, name: str | os.PathLike) -> None:
+    """Render a processor's chat template in a process that the system ends if it takes long or much memory.
+
+    The sandbox that transformers renders templates in bounds a single `range`, but neither loops in loops nor powers
+    nor texts that double. What else is wrong with a template is said where it is used. Without `fork`, nothing is
+    checked.
+
+    Args:
+        processor: with its `chat_template`.
+        name: of its folder or repository, for the error message.
+
+    Raises:
+        ValueError: the template does not end, or takes more than a GiB.
+    """
+    if getattr(processor, "chat_template", None) is None or not hasattr(os, "fork"):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of a fork beside threads: the child takes no lock of theirs
+        child = os.fork()
+    if child == 0:
+        status = 0
+        try:
+            _limit_this_process()
+            for messages in _CONVERSATIONS:
+                try:
+                    processor.apply_chat_template(messages, add_generation_prompt=True)
+                except MemoryError:
+                    raise
+                except Exception:  # it refuses this conversation
+                    continue
+        except MemoryError:
+            status = 3
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        raise ValueError(f"{name}: {_ENDLESS.format(SECONDS)}")
+    if os.WEXITSTATUS(status) == 3:
+        raise ValueError(f"{name}: the chat template makes a text of more than a GiB of memory")
+
+
+def _limit_this_process() -> None:
+    import resource
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError, ValueError):  # no Linux
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+
+
+@contextlib.contextmanager
+def rendering() -> Iterator[None]:
+    """Stop what renders a template with a `ValueError` after `SECONDS`, in the main thread of a process.
+
+    A template may loop over what only some conversations hold, which [`check_template`] does not see.
+    """
+    try:
+        before = signal.signal(signal.SIGALRM, _stop)
+    except (ValueError, AttributeError):  # another thread, or Windows
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise ValueError(_ENDLESS.format(SECONDS))
