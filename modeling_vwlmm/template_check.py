@@ -1,8 +1,10 @@
 """Whether a model's chat template, which is a program of whoever wrote it, ends."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 
 SECONDS = 10  # of computing, for a text that takes a few thousandths of one
 MEMORY = 2**30  # bytes beyond those that the process has
+_OUT_OF_MEMORY = 3  # an exit status
 _ENDLESS = "the chat template does not end within {} seconds"
 # Templates look at who speaks, how often, and whether there are images
 _CONVERSATIONS: list[list[dict[str, Any]]] = [
@@ -37,33 +40,30 @@ def check_template(processor: Any, name: str | os.PathLike) -> None:
     Raises:
         ValueError: the template does not end, or takes more than a GiB.
     """
-    if getattr(processor, "chat_template", None) is None or not hasattr(os, "fork"):
+    if getattr(processor, "chat_template", None) is None or "fork" not in multiprocessing.get_all_start_methods():
         return
+    child = multiprocessing.get_context("fork").Process(target=_render, args=[processor])
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", DeprecationWarning
         )  # of a fork beside threads: the child takes no lock of theirs
-        child = os.fork()
-    if child == 0:
-        status = 0
-        try:
-            _limit_this_process()
-            for messages in _CONVERSATIONS:
-                try:
-                    processor.apply_chat_template(messages, add_generation_prompt=True)
-                except MemoryError:
-                    raise
-                except Exception:  # it refuses this conversation
-                    continue
-        except MemoryError:
-            status = 3
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
+        child.start()
+    child.join()
+    if child.exitcode < 0:  # a signal
         raise ValueError(f"{name}: {_ENDLESS.format(SECONDS)}")
-    if os.WEXITSTATUS(status) == 3:
+    if child.exitcode == _OUT_OF_MEMORY:
         raise ValueError(f"{name}: the chat template makes a text of more than a GiB of memory")
+
+
+def _render(processor: Any) -> None:
+    _limit_this_process()
+    for messages in _CONVERSATIONS:
+        try:
+            processor.apply_chat_template(messages, add_generation_prompt=True)
+        except MemoryError:
+            sys.exit(_OUT_OF_MEMORY)
+        except Exception:  # it refuses this conversation
+            continue
 
 
 def _limit_this_process() -> None:
