@@ -54,12 +54,7 @@ class Fonts(NamedTuple):
 
     def width(self, text: str) -> float:
         """How wide a drawable text is, in units of its size."""
-        from matplotlib.font_manager import get_font
-
-        font = get_font(self.paths)
-        font.set_size(100, 72)  # hinting hardly counts at this size
-        font.set_text(text)
-        return font.get_width_height()[0] / 64 / 100
+        return _width(tuple(self.paths), text)
 
     def write(self, axes: "Axes", x: float, y: float, text: str, size: float, **look: Any) -> None:
         """Write a drawable text of a size in pixels onto a [`canvas`]; `look` is of matplotlib's `Text`."""
@@ -87,6 +82,16 @@ def fonts_for(texts: Iterable[str]) -> Fonts:
         families, paths, characters = [*families, family], [*paths, best], characters | has
         missing -= has
     return Fonts(families, paths, characters)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _width(paths: tuple[str, ...], text: str) -> float:
+    from matplotlib.font_manager import get_font
+
+    font = get_font(paths)
+    font.set_size(100, 72)  # hinting hardly counts at this size
+    font.set_text(text)
+    return font.get_width_height()[0] / 64 / 100
 
 
 @functools.cache

@@ -175,7 +175,7 @@ def _draw_field(axes, fonts: Fonts, field: tuple[float, float, float, float], wo
     from matplotlib.patches import Rectangle
 
     x, y, width, height = field
-    axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="black", alpha=0.2, linewidth=0.5))
+    axes.add_artist(Rectangle((x, y), width, height, fill=False, edgecolor="black", alpha=0.2, linewidth=0.5))
     word, room = fonts.drawable(word), 0.9 * width
     while (fit := room / max(fonts.width(word), 1e-9)) < SMALLEST and len(word) > 2:
         word = f"{word.removesuffix('…')[:-1]}…"
