@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Image, List
 from PIL import Image as PILImage
+from transformers import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from variants import Meter, build, processor_of
 
@@ -20,7 +21,7 @@ from modeling_vwlmm.trainer import VWLmmSFTConfig, VWLmmSFTTrainer
 PATCHES, SHORTEST, LONGEST = 576, 30, 1500
 BATCH_SIZE, ROW = 4, 4096
 DRAWN = 100_000  # lengths that shares of padding are of
-TRAINED = 16  # samples that time is of
+TRAINED = 12  # samples that time is of
 BATCHES = {
     "padded": {},
     "grouped": {"train_sampling_strategy": "group_by_length"},
@@ -81,6 +82,7 @@ def epoch(pipe, spec):
         train_dataset=dataset(),
         processing_class=processor_of(spec),
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     padded = tokens = 0
     for batch in trainer.get_train_dataloader():
         padded += batch["input_ids"].numel()

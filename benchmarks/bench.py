@@ -1,6 +1,7 @@
-"""What the visual-word loss costs: the loss alone, whole training steps, and generation.
+"""What the visual-word loss costs: the loss alone, whole training steps, and generation; and what padding costs.
 
     python benchmarks/bench.py                          # a small model, on any machine
+    python benchmarks/bench.py --only batches           # with and without padding, alone
     python benchmarks/bench.py --preset 1b 7b --lora    # random weights of those shapes, on a GPU
 
 Every variant runs in a process of its own, where its peak memory is measured. On a CPU they take turns, a step each.
@@ -21,6 +22,7 @@ os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", HF_HUB_DIS
 os.environ["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))  # where processes find the variants
 
 import torch  # noqa: E402
+from batches import BATCHES, TRAINED, epoch, shares_of_padding  # noqa: E402
 from variants import GENERATIONS, LOSSES, NEW_TOKENS, STEPS, generation, loss_alone, training_step  # noqa: E402
 
 
@@ -177,6 +179,21 @@ def bench_generation(table, model, vocab_size, on, rounds):
     table.put("generation: ours / LLaVA", shape, ratio(found["LLaVA"], found["ours"]), digits=3)
 
 
+def bench_batches(table, model, vocab_size, on, stages=("instruct", "joint")):
+    for stage in stages:
+        spec = {**model, "vocab_size": vocab_size, **on, "stage": stage}
+        found = take_turns(epoch, {name: {**spec, "batches": name} for name in BATCHES}, rounds=1)
+        whole = found["padded"]
+        for name, result in found.items():
+            seconds, peak, tokens, padded = result or [None] * 4
+            title = f"{stage}, {name}"
+            table.put(title, "s a sample", ratio(seconds, TRAINED))
+            table.put(title, "tokens a second", ratio(tokens, seconds), digits=0)
+            table.put(title, "tokens / padded tokens", ratio(tokens, whole and whole[3]), digits=3)
+            table.put(title, "time / padded time", ratio(seconds, whole and whole[0]), digits=3)
+            table.put(title, "peak GB", peak, 1e-9)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", choices=MODELS, default=["small"])
@@ -185,12 +202,12 @@ def main():
     parser.add_argument("--lora", action="store_true", help="adapters on the LLM in the training steps")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["loss", "steps", "generation"], nargs="+")
+    parser.add_argument("--only", choices=["loss", "steps", "generation", "batches"], nargs="+")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
     on = {"device": device, "dtype": dtype}
-    only = arguments.only or ["loss", "steps", "generation"]
+    only = arguments.only or ["loss", "steps", "generation", "batches"]
     started = time.perf_counter()
     where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
@@ -209,7 +226,18 @@ def main():
                         bench_step(table, model, sizes, on, arguments.lora, arguments.rounds)
                 if "generation" in only:
                     bench_generation(table, model, vocab_size, on, 5 * arguments.rounds)
-            table.show(f"{preset}, d {model['llm']['hidden_size']}{', LoRA' if arguments.lora else ''}")
+            title = f"{preset}, d {model['llm']['hidden_size']}{', LoRA' if arguments.lora else ''}"
+            if table.rows:
+                table.show(title)
+            if "batches" in only:
+                table = Table()
+                bench_batches(table, model, min(arguments.vocab_size), on)
+                table.show(f"batches: {title}")
+        if "batches" in only:
+            table = Table()
+            for name, share in shares_of_padding().items():
+                table.put(name, "share of padding, %", share, 100)
+            table.show("100,000 samples")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
 
 

@@ -198,15 +198,15 @@ def dataset_of(rows):
     return Dataset.from_list([row] * rows).cast_column("images", List(Image()))
 
 
-def published_visual_word_loss(self, outputs, image_mask, attention_mask=None):
+def published_visual_word_loss(self, outputs, image_mask, attention_mask=None, position_ids=None):
     """As the published code has it: logits of all positions, and distributions of whole batches."""
-    positions = scored_positions(image_mask, attention_mask)
+    positions = scored_positions(image_mask, attention_mask, position_ids)
     z = self.lm_head(outputs.last_hidden_state).float()
     u = self.model.vm_head(outputs.image_hidden_states).float().flatten(0, 1)
     return naive_divergence(z[:, :-1][positions[:, 1:]], u[positions[image_mask]]), positions.sum()
 
 
-def no_visual_word_loss(self, outputs, image_mask, attention_mask=None):
+def no_visual_word_loss(self, outputs, image_mask, attention_mask=None, position_ids=None):
     return 0 * outputs.last_hidden_state.sum(), torch.ones((), device=outputs.last_hidden_state.device)
 
 

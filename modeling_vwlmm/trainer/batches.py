@@ -84,11 +84,11 @@ def check_batches(args: VWLmmSFTConfig, dataset: Any, collator: Any, peft_config
 class PackedBatches(Trainer):
     """A [`~transformers.Trainer`] that knows how many tokens the samples of a [`VWLmmDataCollator`] have.
 
-    With `_packs`, samples share rows of `args.max_length` tokens, the same throughout a run and all that go on from
+    With `packs_rows`, samples share rows of `args.max_length` tokens, the same throughout a run and all that go on from
     it; which row comes when is shuffled as samples are otherwise.
     """
 
-    _packs = False
+    packs_rows = False
     args: VWLmmSFTConfig
 
     @functools.cached_property
@@ -114,7 +114,7 @@ class PackedBatches(Trainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         dataset = self.train_dataset
-        if self._packs:
+        if self.packs_rows:
             self.train_dataset = PackedRows(self._remove_unused_columns(dataset), self.packed_rows)
         try:
             return super().get_train_dataloader()

@@ -139,7 +139,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, PackedBatches, HubMixin, SFTTrainer):
         if data_collator is None and self._numbers_samples and has_images:
             data_collator = collator_of(args, processing_class, columns, base_model.config)
             # TRL would refuse both, which the collator sees to
-            self._packs, args.packing, args.padding_free = args.packing, False, False
+            self.packs_rows, args.packing, args.padding_free = args.packing, False, False
         elif not is_ours:
             data_collator = OtherCollator(data_collator, base_model.config.image_token_id)
         if args.stage == "read" and not isinstance(data_collator, ReadingCollator):
@@ -193,7 +193,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, PackedBatches, HubMixin, SFTTrainer):
         add_visual_word_loss(base_model)
 
     def train(self, *args, **kwargs):
-        rows = self.packed_rows if self._packs else self.train_dataset
+        rows = self.packed_rows if self.packs_rows else self.train_dataset
         self.args.check_amount(None if isinstance(rows, IterableDataset) else len(rows))
         return super().train(*args, **kwargs)
 

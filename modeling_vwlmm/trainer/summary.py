@@ -49,6 +49,11 @@ def _data(trainer: VWLmmSFTTrainer) -> str:
     source = f" of {', '.join(names)}" if isinstance(names, list) else ""
     if isinstance(dataset, IterableDataset):
         return f"a stream{source}, {a_step} samples a step"
+    if trainer.packs_rows:
+        rows, limit = len(trainer.packed_rows), args.max_length
+        left = 1 - trainer.token_counts.sum() / (rows * limit)
+        packed = f"in {rows:,} rows of {limit:,} tokens, {left:.1%} left over, {a_step} rows a step"
+        return f"{len(dataset):,} samples{source} {packed}"
     samples = f"{len(dataset):,} samples{source}, {a_step} a step"
     try:
         batch = trainer.data_collator([dict(row) for row in islice(dataset, args.per_device_train_batch_size)])

@@ -11,6 +11,7 @@ from helpers.tiny import tiny_model
 from helpers.training import assert_same, batch_of, first_gradients, sft_config, trainer_of
 from modeling_vwlmm.data.collator import VWLmmDataCollator
 from modeling_vwlmm.trainer import VWLmmSFTTrainer, batches
+from modeling_vwlmm.trainer.summary import summary_of
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +109,13 @@ def test_long_samples_lose_text_as_they_do_without_packing(tmp_path, monkeypatch
         "2 of 4 samples have more than max_length 12 tokens, and lose text at their end: the longest is sample 3 with "
         "19"
     ]
+
+
+def test_the_summary_tells_how_full_rows_are(tmp_path):
+    trainer = trainer_of(tmp_path, dataset=many(), packing=True, max_length=40, per_device_train_batch_size=2)
+    rows, tokens = len(trainer.packed_rows), trainer.token_counts.sum()
+    expected = f"16 samples in {rows} rows of 40 tokens, {1 - tokens / rows / 40:.1%} left over, 2 rows a step"
+    assert summary_of(trainer).endswith(expected)
 
 
 def test_a_row_is_too_few_for_two_devices(tmp_path):
