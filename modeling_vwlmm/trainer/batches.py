@@ -84,8 +84,8 @@ def check_batches(args: VWLmmSFTConfig, dataset: Any, collator: Any, peft_config
 class PackedBatches(Trainer):
     """A [`~transformers.Trainer`] that knows how many tokens the samples of a [`VWLmmDataCollator`] have.
 
-    With `packs_rows`, samples share rows of `args.max_length` tokens, the same throughout a run and all that go on from
-    it; which row comes when is shuffled as samples are otherwise.
+    With `packs_rows`, samples share rows of `args.max_length` tokens, the same throughout a run and when it goes on.
+    Which row comes when is shuffled as samples are otherwise.
     """
 
     packs_rows = False
@@ -123,15 +123,16 @@ class PackedBatches(Trainer):
 
     def _groups_by_length(self, dataset: Any) -> bool:
         is_ours = isinstance(self.data_collator, VWLmmDataCollator) and isinstance(dataset, Dataset)
-        known = isinstance(dataset, Dataset) and self.args.length_column_name in dataset.column_names
-        return is_ours and not known and self.args.train_sampling_strategy == BY_LENGTH
+        return is_ours and self.args.train_sampling_strategy == BY_LENGTH
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self._groups_by_length(self.train_dataset):
+        dataset: Any = self.train_dataset
+        if not self._groups_by_length(dataset):
             return super()._get_train_sampler(train_dataset)
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        name = self.args.length_column_name
+        lengths = list(dataset[name]) if name in dataset.column_names else self.token_counts.tolist()
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return _GroupedByLength(batch_size, self.token_counts.tolist(), seed)
+        return _GroupedByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths, seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # Groups would change the order of predictions

@@ -14,6 +14,8 @@ from ..visual_word_loss import check_loss_fields
 class VWLmmSFTConfig(VWLmmArguments, SFTConfig):
     """TRL's [`~trl.SFTConfig`], with fields of its own for what VW-LMM's stages differ in.
 
+    TRL's `padding_free` and `packing` hold for samples with images too, and none is cut to fill a row.
+
     Args:
         stage (`str`, *optional*):
             One of the paper's four, `"align"`, `"instruct"`, `"visual_words"` and `"joint"`, or the one before them,

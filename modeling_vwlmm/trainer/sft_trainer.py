@@ -168,6 +168,9 @@ class VWLmmSFTTrainer(WholeCheckpoints, PackedBatches, HubMixin, SFTTrainer):
         )
         args.packing, args.padding_free = asked
         if getattr(self.data_collator, "padding_free", False):
+            parallelism = self.accelerator.parallelism_config
+            if parallelism is not None and parallelism.cp_enabled:
+                raise ValueError("context parallelism would let samples of a row read each other: no padding_free")
             attend_by_sample(base_model)
         if peft_config is not None:
             freeze_biases_outside(self.model, peft_config)

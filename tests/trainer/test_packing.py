@@ -93,6 +93,13 @@ def test_samples_of_a_batch_are_about_equally_long(tmp_path):
     assert padding(train_sampling_strategy="group_by_length") < 0.7 * padding()
 
 
+def test_lengths_that_the_data_bring_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(VWLmmDataCollator, "token_count", lambda *args: pytest.fail("counted"))
+    dataset = many().add_column("length", [10, 20] * 8)
+    trainer = trainer_of(tmp_path, dataset=dataset, train_sampling_strategy="group_by_length")
+    assert trainer.get_train_dataloader().batch_sampler.sampler.lengths == [10, 20] * 8
+
+
 def test_evaluation_keeps_the_order(tmp_path):
     trainer = trainer_of(tmp_path, dataset=many(), train_sampling_strategy="group_by_length")
     rows = [batch["input_ids"] for batch in trainer.get_eval_dataloader(many())]

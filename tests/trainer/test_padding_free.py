@@ -148,6 +148,18 @@ def test_neither_loss_crosses_from_one_sample_to_another(attention, target):
     assert_same(gradients(found.loss, model), gradients(expected, model), atol=1e-5, rtol=1e-5)
 
 
+def test_a_sliding_window_stays_within_its_sample():
+    model = tiny_model("mistral")
+    model.config.text_config.sliding_window = 3
+    _, flat = laid_out(model.config)
+    with torch.no_grad():
+        expected = model(**flat).logits
+        model.set_attn_implementation({"text_config": SDPA_BY_SAMPLE})
+        torch.testing.assert_close(model(**flat).logits, expected, atol=1e-5, rtol=1e-5)
+        model.config.text_config.sliding_window = None
+        assert not torch.allclose(model(**flat).logits, expected, atol=1e-2)
+
+
 def test_flex_attention_reads_each_sample_by_itself():
     """Forward: it has no backward pass on a CPU. Not compiled, which takes long."""
     model = tiny_model()
