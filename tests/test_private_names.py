@@ -112,6 +112,9 @@ NAMES = {
     "datasets.ArrowBasedBuilder._split_generators": "the splits of it",
     "datasets.IterableDataset._resolve_features": "the columns of a stream whose files do not say them",
     # PEFT
+    "peft.utils.constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": "what it adapts in an LLM",
+    "peft.utils.constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING": "what it adapts in an LLM",
+    "peft.utils.constants.TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING": "what it adapts in an LLM",
     "peft.utils.constants.DUMMY_TARGET_MODULES": "an adapter that trains whole parts and adapts no layer",
     "peft.utils.ModulesToSaveWrapper": "what trains whole beside an adapter, kept in float32",
 }  # fmt: skip

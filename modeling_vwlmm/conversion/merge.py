@@ -74,6 +74,9 @@ def merged_model(adapter: str | os.PathLike, **kwargs: Any) -> VWLmmForCausalLM:
         raise ValueError(
             f"{adapter} is no adapter: expected a folder or repository with adapter_config.json"
         ) from error
+    if str(getattr(found, "init_lora_weights", "")).startswith("pissa_niter"):
+        # Training changed the base's weights too, by random numbers, which the adapter does not hold
+        raise ValueError(f'{adapter} has init_lora_weights "{found.init_lora_weights}", and cannot be merged')
     dtype = kwargs.pop("dtype", "auto")
     kwargs["revision"] = found.revision  # of the base, as the adapter names it
     try:

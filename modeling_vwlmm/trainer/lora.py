@@ -6,19 +6,42 @@ from typing import Any
 import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, TrainableTokensConfig
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import (
+    DUMMY_TARGET_MODULES,
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING,
+)
 
 from ..stages import PARTS
 from .reach import LLM, keep_within_llm
 
 
+# Kinds of PEFT that compute what TRL's fused head does not, or more than an LLM's text
+_REFUSED = {
+    "PREFIX_TUNING": "it hands the LLM a cache, which TRL's trainer switches off",
+    "CARTRIDGE": "it hands the LLM a cache, which TRL's trainer switches off",
+    "CPT": "its loss takes the logits of all positions, which TRL's trainer does not make",
+    "XLORA": "it takes hidden states of all layers, which TRL's trainer does not keep",
+    "MULTITASK_PROMPT_TUNING": "it takes task_ids, which conversations have none of",
+    "POLY": "it takes task_ids, which conversations have none of",
+    "ADAPTION_PROMPT": "PEFT knows it for some LLMs alone, and not below a vision tower",
+    "SHADOW": "it makes a model of its own from the config of an LLM alone",
+}
+_TARGETS = {
+    "IA3": {
+        "target_modules": TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+        "feedforward_modules": TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    },
+    "LN_TUNING": {"target_modules": TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING},
+}
 # bitsandbytes must leave these as they are: they are small, and the losses read the weights of the two heads
 NOT_QUANTIZED = [name for names in PARTS.values() for name in names if name != LLM]
 # PEFT finds a module that trains whole by the end of its name
 SAVED_WHOLE = {part: names[0].rpartition(".")[2] for part, names in PARTS.items() if part != "language_model"}
 
 
-def for_language_model(peft_config: LoraConfig, parts: list[str] | None, model: torch.nn.Module) -> LoraConfig:
+def for_language_model(peft_config: LoraConfig, parts: list[str] | None, model: Any) -> LoraConfig:
     """A copy of a LoRA config that puts adapters on layers of the LLM and on no others, unless it names them.
 
     Args:
@@ -34,17 +57,27 @@ def for_language_model(peft_config: LoraConfig, parts: list[str] | None, model: 
         ValueError: `parts` leaves the LLM out, or the config is for rows of the LM head.
     """
     peft_config = copy.copy(peft_config)
+    kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
+    if kind in _REFUSED:
+        raise ValueError(f"an adapter of the kind {kind} cannot be trained here: {_REFUSED[kind]}")
     _refuse_rows_of_the_head(peft_config, model)
     if str(getattr(peft_config, "init_lora_weights", "")).startswith("pissa_niter"):
         # The base's weights change by random numbers, which no adapter holds: what is loaded would be another model
         raise ValueError(f'init_lora_weights "{peft_config.init_lora_weights}" cannot be loaded again: use "pissa"')
+    if getattr(peft_config, "init_lora_weights", "") == "loftq" and not torch.cuda.is_available():
+        raise ValueError('init_lora_weights "loftq" takes a GPU, and none is here')
     if parts is not None and "language_model" not in parts:
         raise ValueError(
             f"an adapter trains the language_model, but what trains is {', '.join(parts)}: use no PEFT here"
         )
     # Without one, PEFT's Auto classes would import the class by its name, which they refuse for other packages
     peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
-    # Prompts have no targets, and these three kinds know by themselves what they adapt in an LLM
+    # PEFT lists what these kinds adapt in an LLM, and knows the LLM by the name of its model
+    for field, lists in _TARGETS.get(kind, {}).items():
+        if getattr(peft_config, field) is None:
+            targets = lists.get(model.config.text_config.model_type)
+            setattr(peft_config, field, None if targets is None else list(targets))
+    # Prompts have no targets, and these three kinds do without
     choose = isinstance(peft_config, (IA3Config, LNTuningConfig, TrainableTokensConfig))
     has_targets = getattr(peft_config, "target_modules", ()) is not None
     if not (choose or has_targets or getattr(peft_config, "target_parameters", None)):

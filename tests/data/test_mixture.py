@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_sleep(monkeypatch):
     """`datasets` sleeps for five seconds when a stream of parquet has ended."""
-    monkeypatch.setattr(Parquet, "SLEEP_ON_THREADS_SHUTDOWNS", False)
+    monkeypatch.setattr(Parquet, "SLEEP_ON_THREADS_SHUTDOWNS", False, raising=False)
 
 
 def row_of(answer):

@@ -269,12 +269,16 @@ def test_qlora(tmp_path, bits):
     torch.testing.assert_close(merged.state_dict()[f"{stem}.weight"], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("config_class", [BitsAndBytesConfig, dict])
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
-def test_heads_are_not_quantized_whoever_loads(tmp_path, bits):
-    config = BitsAndBytesConfig(**{bits: True})
+def test_heads_are_not_quantized_whoever_loads(tmp_path, bits, config_class):
+    config = config_class(**{bits: True})
     base = base_folder(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
-    assert config.llm_int8_skip_modules is None  # the user's own stays as it is
+    if config_class is dict:
+        assert config == {bits: True}  # the user's own stays as it is
+    else:
+        assert config.llm_int8_skip_modules is None
     model.save_pretrained(tmp_path / "saved")
     before = AutoModelForCausalLM.from_pretrained(base)
     for loaded in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):

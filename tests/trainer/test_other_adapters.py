@@ -1,9 +1,12 @@
 """Adapters of PEFT that are no LoRA: they train, generate and load again, on the LLM alone."""
 
+import json
+
 import peft
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from helpers.adapters import base_folder, logits_of
 from helpers.conversations import conversations
@@ -20,6 +23,9 @@ KINDS = {
     "VeRA": lambda: peft.VeraConfig(task_type="CAUSAL_LM", r=4),
     "RandLoRA": lambda: peft.RandLoraConfig(task_type="CAUSAL_LM", r=4),
     "SHiRA": lambda: peft.ShiraConfig(task_type="CAUSAL_LM", r=2),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=4),
+    "IA3": lambda: peft.IA3Config(task_type="CAUSAL_LM"),
+    "LN tuning": lambda: peft.LNTuningConfig(task_type="CAUSAL_LM"),
     "LoHa": lambda: peft.LoHaConfig(task_type="CAUSAL_LM", r=2),
     "tokens": lambda: peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[5, 6]),
 }
@@ -92,3 +98,34 @@ def test_an_adapter_that_cannot_be_loaded_again_is_refused(tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights="pissa_niter_4")
     with pytest.raises(ValueError, match='"pissa_niter_4" cannot be loaded again: use "pissa"'):
         trainer_with(tmp_path, base_folder(tmp_path), config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft.PrefixTuningConfig(num_virtual_tokens=3), "the kind PREFIX_TUNING cannot be trained here: .* a cache"),
+        (peft.PolyConfig(r=2, n_tasks=1, n_skills=1), "the kind POLY cannot be trained here: it takes task_ids"),
+        (peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1), "the kind ADAPTION_PROMPT cannot be trained"),
+    ],
+)
+def test_kinds_that_take_more_than_the_text_are_refused(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_with(tmp_path, base_folder(tmp_path), config)
+
+
+@pytest.mark.parametrize("config", [KINDS["AdaLoRA"](), peft.LoraConfig(r=2, use_dora=True)])
+def test_auto_classes_load_magnitudes_and_ranks(tmp_path, config):
+    trainer = trainer_with(tmp_path, base_folder(tmp_path), config)
+    with torch.no_grad():
+        for parameter in filter(lambda parameter: parameter.requires_grad, trainer.model.parameters()):
+            parameter += 0.05 * torch.randn_like(parameter)
+    trainer.save_model(tmp_path / "adapter")
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits_of(trainer.model))
+
+
+def test_an_adapter_whose_base_changed_at_random_is_not_merged(tmp_path):
+    trainer_with(tmp_path, base_folder(tmp_path), peft.LoraConfig(r=2)).save_model(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(ValueError, match='"pissa_niter_4", and cannot be merged'):
+        merged_model(tmp_path / "adapter")
