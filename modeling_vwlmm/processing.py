@@ -9,6 +9,7 @@ from PIL.Image import Image
 from transformers import BatchFeature, LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
 
 from .configuration_vwlmm import VWLmmConfig
+from .template_check import rendering
 
 
 IMAGE_MARKER = "<image>"
@@ -139,9 +140,10 @@ def question_about(processor: LlavaProcessor, images: Sequence[Image], text: str
         return inputs
     content: list[Any] = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
     message: Any = {"role": "user", "content": content}
-    inputs = processor.apply_chat_template(
-        [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    with rendering():
+        inputs = processor.apply_chat_template(
+            [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
     return inputs
 
 

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from jinja2 import TemplateError
+
 
 SECONDS = 10  # of computing, for a text that takes a few thousandths of one
 MEMORY = 2**30  # bytes beyond those that the process has
@@ -48,7 +50,10 @@ def check_template(processor: Any, name: str | os.PathLike) -> None:
             "ignore", DeprecationWarning
         )  # of a fork beside threads: the child takes no lock of theirs
         child.start()
-    child.join()
+    child.join(6 * SECONDS)
+    if child.exitcode is None:  # it waits for something that the fork has left behind
+        child.kill()
+        return
     if child.exitcode < 0:  # a signal
         raise ValueError(f"{name}: {_ENDLESS.format(SECONDS)}")
     if child.exitcode == _OUT_OF_MEMORY:
@@ -80,10 +85,22 @@ def _limit_this_process() -> None:
 
 @contextlib.contextmanager
 def rendering() -> Iterator[None]:
-    """Stop what renders a template with a `ValueError` after `SECONDS`, in the main thread of a process.
+    """Make a `ValueError` of whatever a template raises, and of one that takes more than `SECONDS`.
 
-    A template may loop over what only some conversations hold, which [`check_template`] does not see.
+    A template may loop over what only some conversations hold, which [`check_template`] does not see. Time is taken in
+    the main thread of a process alone.
     """
+    try:
+        with _alarm():
+            yield
+    except (ValueError, TemplateError, MemoryError):
+        raise
+    except Exception as error:  # it is a program: it may divide by zero
+        raise ValueError(f"the chat template fails with {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _alarm() -> Iterator[None]:
     try:
         before = signal.signal(signal.SIGALRM, _stop)
     except (ValueError, AttributeError):  # another thread, or Windows

@@ -8,6 +8,7 @@ from helpers.command_line import CPU, error_of, recipe_of
 from helpers.conversations import tiny_processor
 from helpers.tiny import tiny_config
 from modeling_vwlmm import template_check
+from modeling_vwlmm.cli import main
 from modeling_vwlmm.template_check import check_template, rendering
 
 
@@ -52,3 +53,13 @@ def test_loops_over_what_few_conversations_hold_are_stopped_where_they_are_rende
     check_template(processor, "my/model")
     with pytest.raises(ValueError, match="^the chat template does not end within 1 seconds"), rendering():
         processor.apply_chat_template([{"role": "user", "content": "w5"}] * 8)
+
+
+def test_a_template_that_fails_is_one_line(tmp_path, capsys, model_folder, data):
+    (model_folder / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    image = str(data.parent / "images" / "0.png")
+    said = "the chat template fails with ZeroDivisionError: division by zero"
+    assert said in error_of(capsys, "generate", str(model_folder), image, "--prompt", "w20")
+    with pytest.raises(SystemExit):  # after the lines that say what trains
+        main(["train", "--config", recipe_of(tmp_path, model_folder, data), *CPU])
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith(f"): {said}")
