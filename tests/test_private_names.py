@@ -92,6 +92,7 @@ NAMES = {
     # TRL
     "trl.SFTTrainer._metrics": "our two losses stand in TRL's log",
     "trl.SFTTrainer._name": "what a trainer calls itself in its card",
+    "trl.SFTTrainer._total_train_tokens": "a second try with a smaller batch counts its own tokens",
     "trl.SFTTrainer._tag_names": "the tags of its card",
     "trl.chat_template_utils.get_training_chat_template": "a known template with the assistant's turns marked",
     "trl.chat_template_utils.has_generation_markers": "whether a template marks the assistant's turns",

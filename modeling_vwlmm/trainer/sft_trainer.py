@@ -322,6 +322,7 @@ class VWLmmSFTTrainer(WholeCheckpoints, PackedBatches, HubMixin, SFTTrainer):
     def _inner_training_loop(self, *args, **kwargs):
         # With auto_find_batch_size it begins anew, and what the first try recorded is no part of the log
         self._metrics["train"].clear()
+        self._total_train_tokens = 0
         return super()._inner_training_loop(*args, **kwargs)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):

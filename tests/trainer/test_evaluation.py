@@ -84,5 +84,6 @@ def test_a_try_with_a_batch_that_was_too_large_leaves_nothing_in_the_log(tmp_pat
         if not fails:
             trainer._train_batch_size = 3
         trainer.train()
-        found.append({name: trainer.state.log_history[0][name] for name in ("lm_loss", "vw_loss", "loss")})
+        names = ("lm_loss", "vw_loss", "loss", "num_tokens")
+        found.append({name: trainer.state.log_history[0][name] for name in names})
     assert found[0] == pytest.approx(found[1], rel=1e-6)
