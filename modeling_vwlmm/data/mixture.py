@@ -78,7 +78,8 @@ def _load(entry: MixedDataset, streaming: bool, text_field: str) -> Any:
     options = {name: value for name, value in options.items() if value is not None}
     dataset = load_dataset(entry.path, entry.image_folder, entry.split, streaming, **options)
     columns = dataset.column_names
-    if next(iter(dataset), None) is None:
+    # No row of a whole data set is read: `datasets` would open its images, and name no sample of one that does not
+    if len(dataset) == 0 if isinstance(dataset, Dataset) else next(iter(dataset), None) is None:
         raise ValueError(f"dataset {entry.path}: the dataset is empty")
     if entry.columns is not None:
         unknown = [name for name in entry.columns if name not in columns]

@@ -201,3 +201,10 @@ def test_a_stream_names_files_below_its_folder_alone(folder, tmp_path):
             list(load_mixture(entries, streaming))
     entries[0].image_folder = str(tmp_path)
     assert len(list(load_mixture(entries, streaming=True))) == 1
+
+
+def test_images_stay_closed_until_they_are_read(tmp_path):
+    """One that does not open is the collator's to name, or to skip."""
+    rows = Dataset.from_list([{**row_of("a"), "images": [{"bytes": b"no image", "path": None}]}])
+    rows.cast(Features({**rows.features, "images": OPEN["images"]})).save_to_disk(tmp_path / "saved")
+    assert len(load_mixture([MixedDataset(path=str(tmp_path / "saved"))])) == 1
