@@ -88,8 +88,6 @@ def export_graphs(
 def _parts(model: VWLmmForCausalLM) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Every part with inputs to trace it with, of sizes above 1, which would be taken for constant."""
     config = model.config
-    sizes = getattr(config.vision_config, "image_size", None)
-    height, width = sizes if isinstance(sizes, (list, tuple)) else (sizes, sizes)
     channels = config.vision_config.num_channels
     features = torch.randn(2, config.image_seq_length, config.text_config.hidden_size, dtype=model.dtype)
     llm = _language_model(model)
@@ -99,7 +97,7 @@ def _parts(model: VWLmmForCausalLM) -> dict[str, tuple[Any, dict[str, Any]]]:
     return {
         "image_encoder": (
             ImageEncoder(model),
-            {"pixel_values": torch.randn(2, channels, height, width, dtype=model.dtype)},
+            {"pixel_values": torch.randn(2, channels, *config.image_size, dtype=model.dtype)},
         ),
         "visual_words": (VisualWords(model), {"image_features": features}),
         "embed_tokens": (Embeddings(model), {"input_ids": torch.zeros(2, 3, dtype=torch.long)}),

@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import transformers
+import trl
 import xxhash
 from datasets import Dataset, Features, Value, config
 
+from ..files import hash_of
 from .collator import VWLmmDataCollator
 from .fingerprint import hash_of_values, image_columns
 
@@ -22,8 +24,8 @@ FOLDER = "vwlmm-lengths"  # in datasets' cache
 def token_counts(dataset: Dataset, collator: VWLmmDataCollator, num_proc: int | None = None) -> np.ndarray:
     """The length of each sample's row, image placeholders included, before `max_length` cuts it.
 
-    They are kept in the cache of `datasets`, under a hash of the texts, the number of their images, the tokenizer and
-    the chat template.
+    They are kept in the cache of `datasets`, under a hash of the texts, the number of their images, the tokenizer, the
+    chat template and the code that makes the rows.
 
     Args:
         dataset: as the trainer has it.
@@ -89,5 +91,7 @@ def _key(dataset: Dataset, images: np.ndarray, collator: VWLmmDataCollator) -> s
         collator.dataset_text_field,
         collator.patches_of_an_image,
         transformers.__version__,
+        trl.__version__,
+        [hash_of(Path(__file__).with_name(name)) for name in ("collator.py", "message_images.py")],
     ]
     return xxhash.xxh3_128(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()

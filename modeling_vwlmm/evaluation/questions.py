@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..data.conversations import read_records
 from ..data.load import load_dataset, number_samples
 from ..data.message_images import gather_images
+from ..data.records import read_records
 from ..processing import IMAGE_MARKER
 
 

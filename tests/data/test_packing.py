@@ -7,6 +7,7 @@ import pytest
 from helpers.conversations import PLAIN_TEMPLATE, conversations, picture, tiny_processor
 from helpers.tiny import tiny_config
 from modeling_vwlmm.data.collator import VWLmmDataCollator
+from modeling_vwlmm.data import lengths
 from modeling_vwlmm.data.lengths import token_counts
 from modeling_vwlmm.data.packing import PackedRows, best_fit
 from modeling_vwlmm.processing import read_chat_template
@@ -119,6 +120,8 @@ def test_lengths_are_counted_once(monkeypatch, cache):
     other = collator_with(PLAIN_TEMPLATE.replace("w97 {{ message", "w97 w96 {{ message"))
     assert (token_counts(conversations(), other) - expected).tolist() == [1, 2, 1, 2]
     assert len(counted) == 12
+    monkeypatch.setattr(lengths, "hash_of", lambda path: "of other code")
+    assert np.array_equal(token_counts(conversations(), collator), expected) and len(counted) == 16
 
 
 def test_a_sample_that_lacks_an_image_is_named():
