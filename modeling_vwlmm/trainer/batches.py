@@ -90,6 +90,7 @@ class PackedBatches(Trainer):
 
     packs_rows = False
     args: VWLmmSFTConfig
+    _by_length: "_GroupedByLength | None" = None
 
     @functools.cached_property
     def token_counts(self) -> np.ndarray:
@@ -132,7 +133,15 @@ class PackedBatches(Trainer):
         name = self.args.length_column_name
         lengths = list(dataset[name]) if name in dataset.column_names else self.token_counts.tolist()
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return _GroupedByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths, seed)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        self._by_length = _GroupedByLength(batch_size, lengths, seed)
+        return self._by_length
+
+    def _run_epoch(self, **kwargs) -> None:  # type: ignore[override]  # passes on what transformers names
+        # On several processes, accelerate does not reach the sampler of an epoch that goes on from its middle
+        if self._by_length is not None:
+            self._by_length.set_epoch(kwargs["epoch"])
+        super()._run_epoch(**kwargs)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # Groups would change the order of predictions

@@ -4,7 +4,8 @@ import datasets
 import peft
 import pytest
 import torch
-from transformers import TrainerCallback
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from transformers import Trainer, TrainerCallback
 
 from helpers.conversations import conversations, tiny_processor
 from helpers.tiny import tiny_model
@@ -81,6 +82,25 @@ def test_training_goes_on_exactly(tmp_path, settings):
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{epoch + 1}"))
     assert seen == [epoch + 2, epoch + 3]
     assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_groups_follow_the_epoch_where_a_run_goes_on(tmp_path, monkeypatch, processes):
+    orders = []
+
+    def run_epoch(self, epoch, train_dataloader, steps_trained_in_current_epoch):
+        loader = skip_first_batches(train_dataloader, steps_trained_in_current_epoch)
+        loader.set_epoch(epoch)
+        orders.append(list(loader.batch_sampler))
+
+    monkeypatch.setattr(Trainer, "_run_epoch", run_epoch)
+    trainer = trainer_of(tmp_path, dataset=many(), train_sampling_strategy="group_by_length")
+    trainer.state.max_steps = 1
+    for epoch, skipped in ((0, 0), (1, 0), (1, 1)):
+        loader = torch.utils.data.DataLoader(many(), 2, sampler=trainer._get_train_sampler())
+        loader = prepare_data_loader(loader, num_processes=processes, process_index=0)
+        trainer._run_epoch(epoch=epoch, train_dataloader=loader, steps_trained_in_current_epoch=skipped)
+    assert orders[0] != orders[1] and orders[1][1:] == orders[2]
 
 
 def test_samples_of_a_batch_are_about_equally_long(tmp_path):
