@@ -6,8 +6,8 @@ import pytest
 
 from helpers.conversations import PLAIN_TEMPLATE, conversations, picture, tiny_processor
 from helpers.tiny import tiny_config
-from modeling_vwlmm.data.collator import VWLmmDataCollator
 from modeling_vwlmm.data import lengths
+from modeling_vwlmm.data.collator import VWLmmDataCollator
 from modeling_vwlmm.data.lengths import token_counts
 from modeling_vwlmm.data.packing import PackedRows, best_fit
 from modeling_vwlmm.processing import read_chat_template
