@@ -42,8 +42,9 @@ class TrainArguments:
 class MixedDataset(DatasetConfig):
     """One of the `datasets` of a recipe, with the fields of TRL's [`~trl.scripts.utils.DatasetConfig`].
 
-    `path` may be whatever `dataset` may be in [`TrainArguments`], with an `image_folder` where that takes one. The
-    `fraction` is the share of the mixture: without `streaming` as in TRL, with it the probability of each row.
+    `path` may be whatever `dataset` may be in [`TrainArguments`], with an `image_folder` where that takes one:
+    that of the recipe if not given. The `fraction` is the share of the mixture: without `streaming` as in TRL, with it
+    the probability of each row.
     """
 
     image_folder: str | None = None
@@ -62,7 +63,8 @@ class MixtureArguments(DatasetMixtureConfig):
         default_factory=list,
         metadata={
             "help": "Several data sets instead of one dataset. In a recipe a list of mappings with path, image_folder "
-            "and fraction (its share), and name, data_dir, data_files, split and columns as in TRL."
+            "(if not that of the recipe) and fraction (its share), and name, data_dir, data_files, split and columns "
+            "as in TRL."
         },
     )
     streaming: bool = field(

@@ -19,11 +19,14 @@ def check_values(source: str, values: dict[str, Any], kinds: tuple[type, ...]) -
         kinds: the dataclasses that have the fields.
 
     Raises:
-        ValueError: a value is of another type than its field. A text may still be a number, which argparse reads.
+        ValueError: a value is of another type than its field, or none of its choices, which argparse compares on the
+            command line alone. A text may still be a number, which argparse reads.
     """
     hints: dict[str, Any] = {}
+    choices: dict[str, Any] = {}
     for kind in kinds:
         hints |= get_type_hints(kind)
+        choices |= {known.name: known.metadata.get("choices") for known in fields(kind)}
     checked = {}
     for name, value in values.items():
         hint = hints[name]
@@ -35,6 +38,8 @@ def check_values(source: str, values: dict[str, Any], kinds: tuple[type, ...]) -
             found = "null" if value is None else repr(value)
             found = found if len(found) <= 80 else f"{found[:77]}..."
             raise ValueError(f"{source}: {name} is {found}, expected {expected}")
+        if choices.get(name) is not None and value is not None and value not in choices[name]:
+            raise ValueError(f'{source}: {name} is "{value}", expected one of {", ".join(choices[name])}')
         checked[name] = value
         item = next((arg for arg in get_args(hint) if is_dataclass(arg)), None)
         if isinstance(item, type):  # a list of them

@@ -164,7 +164,8 @@ def _as_data(url: str, where: str, image_folder: Path | None) -> str:
             raise ValueError(f"{where}: {describe(url)} is no file of the image folder")
         image["bytes"] = path.read_bytes()
     else:
-        raise ValueError(f"{where}: found the URL {describe(url)}, expected data:image/...;base64,...")
+        files = "" if image_folder is None else ", or file:NAME of the image folder"
+        raise ValueError(f"{where}: found the URL {describe(url)}, expected data:image/...;base64,...{files}")
     try:
         (opened,) = open_images({"images": [image]})
     except ValueError as error:

@@ -92,7 +92,7 @@ def port(text: str) -> int:
 
 
 def check_picture(parser: Parser, output: str | None, images: Iterable[str]) -> None:
-    """End the command if a picture cannot be written: its format is unknown, or it would replace one of the images."""
+    """End the command if a picture cannot be written: format or folder is unknown, or it would replace an image."""
     if output is None:
         return
     from matplotlib.backend_bases import FigureCanvasBase
@@ -100,6 +100,8 @@ def check_picture(parser: Parser, output: str | None, images: Iterable[str]) -> 
     suffix, formats = os.path.splitext(output)[1][1:], FigureCanvasBase.get_supported_filetypes()
     if suffix.lower() not in formats:
         parser.error(f"--output {output}: found no format of pictures in its name, expected .{', .'.join(formats)}")
+    if not os.path.isdir(folder := os.path.dirname(output) or "."):
+        parser.error(f"--output {output}: there is no folder {folder}")
     for path in images if os.path.exists(output) else ():
         if os.path.exists(path) and os.path.samefile(path, output):
             parser.error(f"--output {output} is the image {path}, which it would replace")

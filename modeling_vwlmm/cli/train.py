@@ -1,6 +1,7 @@
 """`vwlmm train`: trains a model as a recipe says."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -116,7 +117,11 @@ def _datasets_of(
 
     if (arguments.dataset is None) == (not mixture.datasets):
         raise ValueError("expected the data as dataset, or several as datasets, and not both")
-    datasets = mixture.datasets
+    # One image_folder may serve all, as it serves the eval_dataset
+    datasets = [
+        dataclasses.replace(entry, image_folder=arguments.image_folder) if entry.image_folder is None else entry
+        for entry in mixture.datasets
+    ]
     if arguments.dataset is not None:
         given = {"image_folder": arguments.image_folder, "split": arguments.dataset_split}
         datasets = [MixedDataset(path=arguments.dataset, **given)]

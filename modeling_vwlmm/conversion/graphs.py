@@ -68,7 +68,11 @@ def export_graphs(
         ValueError: the model is no VW-LMM model.
         ImportError: the packages of the format are missing, which it names.
     """
-    exporter = AutoHfExporter.from_config(CONFIGS[export_format])
+    try:
+        exporter = AutoHfExporter.from_config(CONFIGS[export_format])
+    except ImportError as error:  # which asks for the one version that transformers was tested with
+        extra = f"modeling-vwlmm[{export_format}]"
+        raise ImportError(f'{export_format} needs more: pip install "{extra}" ({error})') from error
     folder, _ = open_checkpoint(source)
     with reading(folder):
         model = VWLmmForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()

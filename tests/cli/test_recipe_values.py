@@ -29,6 +29,11 @@ WRONG = {
     "lora_kwargs": ("nope", "'nope', expected a mapping"),
     "report_to": (7, "7, expected null or a text or a list, each a text"),
     "bf16": (3, "3, expected true or false or null"),
+    "train_sampling_strategy": (
+        "grouped",
+        '"grouped", expected one of random, sequential, group_by_length, batch_rebalance',
+    ),
+    "packing_strategy": ("bdf", '"bdf", expected one of bfd, bfd_split, wrapped'),
 }
 
 

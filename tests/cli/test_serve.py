@@ -85,7 +85,7 @@ def test_an_answer_is_that_of_generate(client, folder, capsys):
     [
         ("file:///etc/hostname", "is no file of the image folder"),
         ("file:../../etc/hostname", "is no file of the image folder"),
-        ("/etc/hostname", "expected data:image/...;base64,..."),
+        ("/etc/hostname", "expected data:image/...;base64,..., or file:NAME of the image folder"),
         ("http://127.0.0.1/a.png", "expected data:image/...;base64,..."),
         ("data:image/png;base64,!", "is not base64"),
         ("data:image/png;base64,bm8gaW1hZ2U=", "expected a whole image"),

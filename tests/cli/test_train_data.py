@@ -43,6 +43,14 @@ def test_a_mixture_trains_and_is_on_record(tmp_path, capsys, data, recipe):
     assert "data.json (75%), saved (25%)" in card and str(tmp_path) not in card
 
 
+def test_data_files_without_an_image_folder_take_that_of_the_recipe(capsys, data, recipe):
+    entries = [str(data), {"path": str(data)}]
+    message = error_of(capsys, "train", "--config", recipe(datasets=entries, image_folder="nowhere"), *CPU)
+    assert "nowhere: no such image folder" in message
+    main(["train", "--config", recipe(datasets=entries, image_folder=str(data.parent / "images")), *CPU])
+    assert f"samples of {data}, {data}" in capsys.readouterr().err
+
+
 def test_a_stream_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, capsys, recipe):
     arguments = [*CPU[: CPU.index("--save_strategy")], "--save_strategy", "steps", "--save_steps", "2"]
     command = ["train", "--config", recipe(streaming=True, max_steps=4, shuffle_dataset=True), *arguments]

@@ -42,6 +42,8 @@ def test_what_cannot_be_drawn_is_refused_before_the_model_is_read(tmp_path, caps
     picture(0).save(tmp_path / "a.png")
     arguments = "words", "missing", str(tmp_path / "a.png"), "--output", str(tmp_path / "words")
     assert "found no format of pictures in its name, expected .eps, " in error_of(capsys, *arguments)
+    arguments = *arguments[:-1], str(tmp_path / "nowhere" / "a.png")
+    assert f"there is no folder {tmp_path / 'nowhere'}" in error_of(capsys, *arguments)
     assert "--expected is for --json" in error_of(capsys, *arguments, "--expected")
 
 
