@@ -99,10 +99,11 @@ def make_app(models: Sequence[Explored], images: Sequence[str], hosts: Sequence[
 
     for explored in models:
         patch_grid(explored.processor, explored.model.config.image_seq_length)
-    app = FastAPI(openapi_url=None)
+    app, page = FastAPI(openapi_url=None), _page(models, images)
+    page.has_launched = True  # or Gradio takes any file of this machine for an upload
     gradio.mount_gradio_app(
         app,
-        _page(models, images),
+        page,
         path="/",
         max_file_size=LARGEST_UPLOAD,
         footer_links=[],
@@ -117,12 +118,21 @@ def make_app(models: Sequence[Explored], images: Sequence[str], hosts: Sequence[
 
 
 class _Policy:
-    """Adds `POLICY` to every answer."""
+    """Refuses what pages of other servers ask for, and adds `POLICY` to every answer."""
 
     def __init__(self, app: Any):
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import PlainTextResponse
+
+        headers = dict(scope.get("headers", []))
+        origin = headers.get(b"origin")
+        # A browser sends an upload of any page here, though the page reads no answer
+        if scope["type"] == "http" and origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
+            await PlainTextResponse("a page of another server asks", 403)(scope, receive, send)
+            return
+
         async def send_with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
@@ -153,14 +163,14 @@ def _page(models: Sequence[Explored], images: Sequence[str]) -> Any:
             return dict.fromkeys([current, *views, *answers])
         image = open_upload(path)
         said = [view_of(explored, image) for explored in models]
-        return {current: (image, said), **dict(zip(views, said, strict=True)), **dict.fromkeys(answers, "")}
+        return {current: (path, said), **dict(zip(views, said, strict=True)), **dict.fromkeys(answers, "")}
 
     @told
     def heat(shown: Any, word: str) -> dict[Any, Any]:
-        image, said = of_image(shown)
+        path, said = of_image(shown)
         if not word.strip():
             return dict(zip(views, said, strict=True))
-        heats = []
+        image, heats = open_upload(path), []
         for _, model, processor in models:
             values = word_probabilities(model, processor, [image], [word])[0, 0].tolist()
             heats.append({"word": word.strip(), "values": values})
@@ -168,9 +178,10 @@ def _page(models: Sequence[Explored], images: Sequence[str]) -> Any:
 
     @told
     def ask(shown: Any, question: str) -> dict[Any, Any]:
-        image, _ = of_image(shown)
+        path, _ = of_image(shown)
         if not question.strip():
             raise ValueError("there is no question, expected some words")
+        image = open_upload(path)
         return {place: answer(explored, image, question) for place, explored in zip(answers, models, strict=True)}
 
     def of_image(shown: Any) -> Any:
@@ -184,7 +195,8 @@ def _page(models: Sequence[Explored], images: Sequence[str]) -> Any:
     # One event at a time: each takes all of the processor
     together: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
     with gradio.Blocks(title="Visual words", analytics_enabled=False) as page:
-        current = gradio.State()  # the image, and each model's view of it
+        # The image's file, and each model's view of it. An open image would stay in memory with every page
+        current = gradio.State()
         with gradio.Row():
             with gradio.Column(scale=1, min_width=240):
                 upload = gradio.File(label="Drop an image here", elem_id="upload", height=140)

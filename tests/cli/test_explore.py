@@ -1,8 +1,12 @@
 """`vwlmm explore`, in a browser."""
 
 import json
+import os
+import secrets
+import signal
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -158,6 +162,61 @@ def test_a_page_of_another_name_is_refused(address):
     assert httpx2.get(address, headers={"Host": "elsewhere.example"}).status_code == 400
     policy = httpx2.get(address).headers["content-security-policy"]
     assert policy.startswith("default-src 'self';") and "http" not in policy
+
+
+def call(address, name, data):
+    """What an event of the page returns to a client that is no browser, and what the page would say."""
+    httpx2 = pytest.importorskip("httpx2")
+    events = httpx2.get(f"{address}/config").json()["dependencies"]
+    (number,) = [event["id"] for event in events if event["api_name"] == name]
+    own = {"session_hash": secrets.token_hex(8)}
+    asked = {"data": data, "fn_index": number, **own}
+    httpx2.post(f"{address}/gradio_api/queue/join", json=asked).raise_for_status()
+    with httpx2.stream("GET", f"{address}/gradio_api/queue/data", params=own, timeout=60) as answers:
+        for line in answers.iter_lines():
+            if '"process_completed"' in line:
+                return json.loads(line.removeprefix("data: "))["output"]
+
+
+def test_no_file_is_read_but_uploads_and_the_choice(address):
+    """Whoever may ask could see all pictures of this machine: Gradio would copy its files to where it serves them."""
+    asked = {"path": str(IMAGES[0]), "meta": {"_type": "gradio.FileData"}}
+    assert "it was not uploaded by a user" in call(address, "show", [asked])["error"]
+    assert "not in the list of choices" in call(address, "show_1", [str(ROOT / "assets" / "explore.png")])["error"]
+    assert call(address, "show_1", [str(IMAGES[1])])["data"][1]["rows"] == 4
+
+
+def test_pages_of_other_servers_upload_nothing(address):
+    httpx2 = pytest.importorskip("httpx2")
+    status = {}
+    for origin in (address, "http://elsewhere.example", "null", f"{address}0", f"https://elsewhere.example/{address}"):
+        answer = httpx2.post(
+            f"{address}/gradio_api/upload", files={"files": ("a.png", b"")}, headers={"Origin": origin}
+        )
+        status[origin] = answer.status_code
+    assert list(status.values()) == [200, 403, 403, 403, 403]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_no_upload_is_left_behind(monkeypatch, number):
+    folders = []
+
+    def run(server, sockets):
+        folders.append(Path(os.environ["GRADIO_TEMP_DIR"]))
+        assert folders[0].is_dir()
+        signal.raise_signal(number)  # as uvicorn does of those that it took
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
+    before = {which: signal.signal(which, signal.SIG_IGN) for which in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["explore", str(NANO), "--port", "0"])
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    assert ended.value.code == 128 + number and folders and not folders[0].exists()
 
 
 def test_errors(tmp_path, capsys, monkeypatch, model_folder):
