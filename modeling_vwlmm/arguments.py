@@ -53,6 +53,8 @@ class MixedDataset(DatasetConfig):
         self.path = os.path.expanduser(self.path)
         if self.image_folder is not None:
             self.image_folder = os.path.expanduser(self.image_folder)
+        if self.columns is not None:
+            self.columns = list(dict.fromkeys([self.columns] if isinstance(self.columns, str) else self.columns))
 
 
 @dataclass

@@ -45,8 +45,8 @@ def main(argv: list[str]) -> None:
     folder = arguments.images or (str(examples) if examples.is_dir() else None)
     images = find_images(folder) if folder else []
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):  # the latter when a terminal is closed; Windows has none
-            if hasattr(signal, name):
+        for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # the latter when a terminal is closed, not on Windows
+            if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:  # nohup ignores one
                 signal.signal(getattr(signal, name), _exit)
     loopback = arguments.host in ("127.0.0.1", "localhost")
     with (

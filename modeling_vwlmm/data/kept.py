@@ -1,6 +1,7 @@
 """Tables that took long to make, kept in the cache of `datasets` for the next start."""
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,7 +31,12 @@ class KeptTables(ArrowBasedBuilder):
 
     def __init__(self, make: Callable[[], Iterator[pa.Table]], features: Features, key: str):
         self.make, self.columns, self.is_new = make, features, False
-        super().__init__(dataset_name="vwlmm_conversations", config_id=key)
+        own: Any = {"dataset_name": "vwlmm_conversations", "config_id": key}
+        try:
+            super().__init__(**own)
+        except Exception:  # what describes the tables is damaged
+            shutil.rmtree(self.cache_dir)
+            super().__init__(**own)
 
     def _info(self) -> DatasetInfo:
         return DatasetInfo(features=self.columns)
@@ -46,14 +52,22 @@ class KeptTables(ArrowBasedBuilder):
         """The tables as a `Dataset`; whatever `make` raises. `is_new` says whether they were made for it.
 
         Args:
-            anew: whether they are made even if the cache has some.
+            anew: whether they are made even if the cache has some, as those are that cannot be read.
         """
         try:
             with bars_on_terminals():
                 self.download_and_prepare(download_mode="force_redownload" if anew else None)
         except DatasetGenerationError as error:
-            raise (error.__cause__ or error) from None
-        return self.as_dataset("train")  # type: ignore[return-value]
+            cause = error.__cause__ or error
+            if isinstance(cause, OSError) and cause.filename is None:  # no space is left
+                cause.filename = self.cache_dir
+            raise cause from None
+        try:
+            return self.as_dataset("train")  # type: ignore[return-value]
+        except (pa.ArrowException, OSError):
+            if self.is_new:
+                raise
+            return self.load(anew=True)
 
 
 @contextlib.contextmanager

@@ -43,16 +43,22 @@ def token_counts(dataset: Dataset, collator: VWLmmDataCollator, num_proc: int | 
     key = _key(dataset, images, collator)
     path = Path(config.HF_DATASETS_CACHE) / FOLDER / f"{key}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
-    counted = dataset.remove_columns(image_columns(dataset)).map(
+    texts = dataset.remove_columns(image_columns(dataset))
+    count = functools.partial(
+        texts.map,
         functools.partial(_count, images=images if pictures else None, collator=collator),
         with_indices=True,
-        remove_columns=dataset.remove_columns(image_columns(dataset)).column_names,
+        remove_columns=texts.column_names,
         features=Features({"length": Value("int32")}),
         cache_file_name=str(path),
         new_fingerprint=key,
         num_proc=num_proc,
         desc="Counting tokens",
     )
+    try:
+        counted = count()
+    except (pa.ArrowException, OSError):  # what was kept is damaged
+        counted = count(load_from_cache_file=False)
     return np.asarray(counted.with_format("numpy")["length"])
 
 

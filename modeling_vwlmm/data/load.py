@@ -58,6 +58,8 @@ def load_dataset(
         ValueError: the name needs a package, an image folder or a split that is missing, or rows name images of other
             places.
     """
+    if not name.strip():
+        raise ValueError("the name of the dataset is empty, expected a file, a folder or a repository")
     is_saved = any(Path(name, marker).is_file() for marker in (config.DATASETDICT_JSON_FILENAME, _STATE))
     is_ours = name.startswith("easy-vqa/") or name.endswith((".json", ".jsonl"))
     if options and (is_saved or is_ours):

@@ -1,6 +1,5 @@
 """Several data sets as one, in the shares that a recipe gives them, whole or as a stream."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +9,13 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from trl.data_utils import prepare_multimodal_messages
 
 from ..arguments import MixedDataset
+from ..files import describe
 from .conversations import FEATURES
 from .kept import bars_on_terminals
 from .load import closed, load_dataset, numbered
 
 
+LARGEST = 1e100  # fraction: their sum and quotients are finite
 # What is read of a row, beside its `id`
 _READ = ("messages", "prompt", "completion", "images", "image", "tools", "chat_template_kwargs")
 
@@ -66,8 +67,9 @@ def load_mixture(
 def _check_fractions(entries: Sequence[MixedDataset]) -> None:
     given = [entry for entry in entries if entry.fraction is not None]
     for entry in given:
-        if not (isinstance(entry.fraction, (int, float)) and 0 < entry.fraction < math.inf):
-            raise ValueError(f"datasets: {entry.path} has the fraction {entry.fraction!r}, expected more than 0")
+        if not (isinstance(entry.fraction, (int, float)) and 0 < entry.fraction < LARGEST):
+            found = f"datasets: {entry.path} has the fraction {describe(entry.fraction)}"
+            raise ValueError(f"{found}, expected more than 0 and less than {LARGEST:g}")
     if given and len(given) < len(entries):
         missing = next(entry.path for entry in entries if entry.fraction is None)
         raise ValueError(f"datasets: {missing} has no fraction, but {given[0].path} has: give one to all or to none")

@@ -124,7 +124,7 @@ class _Policy:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        from starlette.responses import PlainTextResponse
+        from fastapi.responses import PlainTextResponse
 
         headers = dict(scope.get("headers", []))
         origin = headers.get(b"origin")

@@ -209,6 +209,7 @@ def test_no_upload_is_left_behind(monkeypatch, number):
     monkeypatch.setattr(uvicorn.Server, "run", run)
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # which would end the tests
     before = {which: signal.signal(which, signal.SIG_IGN) for which in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with pytest.raises(SystemExit) as ended:

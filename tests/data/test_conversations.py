@@ -1,8 +1,10 @@
 """LLaVA's data files become conversations."""
 
+import errno
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 from datasets import Features, Image, List, Value
@@ -243,6 +245,31 @@ def test_what_was_read_is_read_once(load, monkeypatch):
     assert load(edited)["id"][-1] == "edited" and len(reads) == 2
     load(RECORDS)
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize("name", ["vwlmm_conversations-train.arrow", "dataset_info.json"])
+@pytest.mark.parametrize("kept", [0, 10, -5, None])
+def test_what_is_kept_and_damaged_is_read_again(load, name, kept):
+    """A machine that stopped may leave any part of a file."""
+    expected = load(RECORDS)[:]
+    (arrow,) = {Path(file["filename"]) for file in load(RECORDS).cache_files}
+    path = arrow.with_name(name)
+    if kept is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:kept])
+    assert load(RECORDS)[:] == expected
+    assert load(RECORDS)[:] == expected
+
+
+def test_a_full_disk_is_named(load, monkeypatch):
+    def no_space(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(conversations_module, "to_tables", no_space)
+    record = {"id": "not read before", "image": "a.png", "conversations": turns("<image>", "Hi")}
+    with pytest.raises(OSError, match="No space left on device: '.*vwlmm_conversations"):
+        load([record])
 
 
 def test_images_are_looked_for_again(load, images):

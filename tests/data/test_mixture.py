@@ -114,6 +114,8 @@ BAD = {
     "no fraction": (lambda e: setattr(e[1], "fraction", None), "parquet has no fraction, but .*llava.json has"),
     "zero": (lambda e: setattr(e[0], "fraction", 0), "llava.json has the fraction 0, expected more than 0"),
     "text": (lambda e: setattr(e[0], "fraction", "half"), "llava.json has the fraction 'half'"),
+    "too large": (lambda e: setattr(e[0], "fraction", 10**400), "the fraction 1000.*, expected more than 0 and less"),
+    "no name": (lambda e: setattr(e[0], "path", " "), "the name of the dataset is empty"),
     "no row": (lambda e: setattr(e[1], "fraction", 1e-4), "parquet has no row in a mixture of 30: its fraction is"),
     "missing": (lambda e: setattr(e[1], "path", "nobody/nothing"), "nobody/nothing"),
     "split": (lambda e: setattr(e[1], "split", "tset"), "parquet.*tset"),
@@ -122,6 +124,11 @@ BAD = {
     "options": (lambda e: setattr(e[0], "data_dir", "x"), "llava.json takes no data_dir"),
     "folder": (lambda e: setattr(e[0], "image_folder", None), "llava.json is a data file, so image_folder must"),
 }
+
+
+def test_one_column_may_be_a_text():
+    assert MixedDataset("a", columns="messages").columns == ["messages"]
+    assert MixedDataset("a", columns=["images", "messages", "images"]).columns == ["images", "messages"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

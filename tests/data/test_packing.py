@@ -124,6 +124,17 @@ def test_lengths_are_counted_once(monkeypatch, cache):
     assert np.array_equal(token_counts(conversations(), collator), expected) and len(counted) == 16
 
 
+@pytest.mark.parametrize("kept", [0, 10, -5])
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_lengths_that_are_damaged_are_counted_again(cache, kept, num_proc):
+    dataset, collator = conversations(), collator_with()
+    expected = token_counts(dataset, collator, num_proc)
+    for path in cache.rglob("*.arrow"):
+        path.write_bytes(path.read_bytes()[:kept])
+    for _ in range(2):
+        assert np.array_equal(token_counts(dataset, collator, num_proc), expected)
+
+
 def test_a_sample_that_lacks_an_image_is_named():
     dataset = conversations().map(lambda row: {"messages": [{"role": "user", "content": "w5 <image>"}]})
     with pytest.raises(ValueError, match="a sample: the text of a message holds <image>"):
