@@ -49,8 +49,10 @@ def top_words(
         For each image and patch, row by row, the k (word, probability), the highest rank first.
 
     Raises:
-        ValueError: there are not as many words.
+        ValueError: there are not as many words, or there is no image.
     """
+    if not isinstance(images, Image.Image) and len(images) == 0:
+        raise ValueError("found no image, expected one or more")
     if not 0 < k <= model.config.visual_vocab_size:
         raise ValueError(f"{k} words a patch are asked for, expected 1 to {model.config.visual_vocab_size}")
     pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -128,8 +130,13 @@ def draw_words(
         `matplotlib.figure.Figure`: `figure.savefig("words.png")` writes it, or `.pdf`, `.svg`.
 
     Raises:
-        ValueError: the patches of an image are no grid.
+        ValueError: the patches of an image are no grid, or images, words and captions are not as many.
     """
+    if isinstance(images, Image.Image) or len(images) != len(words):
+        found = "one by itself" if isinstance(images, Image.Image) else f"{len(images)} of them"
+        raise ValueError(f"expected a list of {len(words)} images, as words has, found {found}")
+    if captions and len(captions) != len(images):
+        raise ValueError(f"expected {len(images)} captions, one an image, found {len(captions)}")
     grids = [patch_grid(processor, len(patches)) for patches in words]
     size = size or max([SIZE, *(CELL * max(grid) for grid in grids)])
     columns = min(columns or (2 if size < 2 * SIZE else 1), len(images))

@@ -38,6 +38,14 @@ def test_the_picture_lays_words_over_the_patches_they_belong_to():
     assert np.abs(np.asarray(seen_image(processor, image)).astype(int) - [200, 0, 0]).max() <= 1
     with pytest.raises(ValueError, match="3 patches are no grid over an image of 16 x 16 pixels"):
         draw_words(processor, [image], words=[words[:3]])
+    with pytest.raises(ValueError, match="expected a list of 1 images, as words has, found 2 of them"):
+        draw_words(processor, [image, image], words=[words])
+    with pytest.raises(ValueError, match="found one by itself"):
+        draw_words(processor, image, words=[words])
+    with pytest.raises(ValueError, match="expected 1 captions, one an image, found 2"):
+        draw_words(processor, [image], words=[words], captions=["a", "b"])
+    with pytest.raises(ValueError, match="found no image"):
+        top_words(model, processor, [])
 
 
 @pytest.mark.parametrize("tower", TOWERS)

@@ -2,6 +2,7 @@
 
 import sys
 
+from .. import __version__
 from . import convert, evaluate, explore, export, generate, index, merge, push, search, serve, train, words
 from .errors import check_texts, is_bad_input, refuse
 from .shared import limit_waiting
@@ -33,6 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] in ("-h", "--help"):
         print(_overview())
         return
+    if argv == ["--version"]:
+        print(__version__)
+        return
     if not argv or argv[0] not in VERBS:
         message = f'vwlmm: no verb "{argv[0]}", there are: {", ".join(VERBS)}' if argv else _overview()
         print(message, file=sys.stderr)
@@ -52,4 +56,4 @@ def main(argv: list[str] | None = None) -> None:
 
 def _overview() -> str:
     verbs = [f"  {name:<8}  {verb.SUMMARY}\n            {verb.EXAMPLE}" for name, verb in VERBS.items()]
-    return "\n\n".join(["usage: vwlmm VERB ...", *verbs, "vwlmm VERB --help says more."])
+    return "\n\n".join(["usage: vwlmm VERB ...", *verbs, "vwlmm VERB --help says more; vwlmm --version"])

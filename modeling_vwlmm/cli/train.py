@@ -95,9 +95,15 @@ def _parse(
         named |= recipe.keys()
     source = path or "the command line"
     try:
-        arguments, mixture, config, lora, *_ = parser.parse_args_into_dataclasses(argv)
+        arguments, mixture, config, lora, *_, rest = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True
+        )
     except (TypeError, AttributeError) as error:  # of transformers, on what a mapping of the right type holds
         raise ValueError(f"{source}: {error}") from error
+    if rest:
+        unknown = dict.fromkeys(part[2:].split("=")[0].replace("-", "_") for part in rest if part.startswith("--"))
+        check_names("the command line", unknown, [known.name for kind in kinds for known in fields(kind)])
+        raise ValueError(f'the command line: found "{rest[0]}", expected --FIELD VALUE')
     for name in ("model", "dataset", "eval_dataset", "image_folder"):
         if (value := getattr(arguments, name)) is not None:
             setattr(arguments, name, os.path.expanduser(value))

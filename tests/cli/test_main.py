@@ -21,6 +21,7 @@ from helpers import ROOT
 from helpers.command_line import CPU, error_of, recipe_of
 from helpers.conversations import picture
 from helpers.hub_server import Repo
+from modeling_vwlmm import __version__
 from modeling_vwlmm.cli import main, shared
 from modeling_vwlmm.cli.main import VERBS
 from modeling_vwlmm.files import reading
@@ -54,6 +55,11 @@ def test_bad_calls_are_one_line_and_status_2(tmp_path, capsys, model_folder):
     image = str(tmp_path / "a.png")
     message = error_of(capsys, "generate", str(tmp_path / "llama"), image, "--prompt", "w5")
     assert 'expected a model of type "vwlmm", got one of type "llama"' in message
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"{__version__}\n"
 
 
 def test_help_has_an_example(capsys):

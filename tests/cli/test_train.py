@@ -57,7 +57,10 @@ def test_a_recipe_can_evaluate_and_names_are_not_guessed(tmp_path, capsys, model
     main(["train", "--config", recipe, *CPU])
     logs = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert any("eval_vw_loss" in log for log in logs)
-    assert "learning_rat" in error_of(capsys, "train", "--config", recipe, *CPU, "--learning_rat", "1")
+    message = error_of(capsys, "train", "--config", recipe, *CPU, "--learning-rat", "1")
+    assert message == 'vwlmm train: the command line: unknown field "learning_rat", is "learning_rate" meant?'
+    message = error_of(capsys, "train", "--config", recipe, *CPU, "stray")
+    assert message == 'vwlmm train: the command line: found "stray", expected --FIELD VALUE'
 
 
 def test_a_recipe_can_set_the_environment(tmp_path, monkeypatch, capsys, model_folder, data):
