@@ -32,8 +32,8 @@ def check_template(processor: Any, name: str | os.PathLike) -> None:
     """Render a processor's chat template in a process that the system ends if it takes long or much memory.
 
     The sandbox that transformers renders templates in bounds a single `range`, but neither loops in loops nor powers
-    nor texts that double. What else is wrong with a template is said where it is used. Without `fork`, nothing is
-    checked.
+    nor texts that double. What else is wrong with a template is said where it is used. Without `fork`, and in a daemon
+    of `multiprocessing`, which may start no process, nothing is checked.
 
     Args:
         processor: with its `chat_template`.
@@ -42,7 +42,8 @@ def check_template(processor: Any, name: str | os.PathLike) -> None:
     Raises:
         ValueError: the template does not end, or takes more than a GiB.
     """
-    if getattr(processor, "chat_template", None) is None or "fork" not in multiprocessing.get_all_start_methods():
+    can_fork = "fork" in multiprocessing.get_all_start_methods() and not multiprocessing.current_process().daemon
+    if getattr(processor, "chat_template", None) is None or not can_fork:
         return
     child = multiprocessing.get_context("fork").Process(target=_render, args=[processor])
     with warnings.catch_warnings():

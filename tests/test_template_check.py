@@ -1,5 +1,6 @@
 """Chat templates that do not end, or fill the memory."""
 
+import multiprocessing
 import time
 
 import pytest
@@ -38,6 +39,15 @@ def test_what_does_not_end_is_ended(kind):
 @pytest.mark.parametrize("template", ["{{ raise_exception('not so') }}", "{{ 1 / 0 }}", "{% broken", "fine"])
 def test_what_ends_passes(template):
     check_template(tiny_processor(tiny_config(), template), "my/model")
+
+
+def test_a_daemon_which_may_start_no_process_goes_on():
+    """Such as a worker of `multiprocessing.Pool`."""
+    processor = tiny_processor(tiny_config(), "fine")
+    daemon = multiprocessing.get_context("fork").Process(target=check_template, args=[processor, "x"], daemon=True)
+    daemon.start()
+    daemon.join()
+    assert daemon.exitcode == 0
 
 
 def test_commands_name_the_model(tmp_path, capsys, model_folder, data):

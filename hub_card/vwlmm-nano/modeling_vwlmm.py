@@ -295,7 +295,8 @@ class VWLmmForCausalLM(VWLmmPreTrainedModel, ImageTokenGenerationMixin, LlavaFor
             input_ids: of shape (B, T), `config.image_token_id` once a patch, images in the order of `pixel_values`.
             pixel_values: of shape (images, channels, height, width), any number of images a row.
             labels: of shape (B, T), aligned with `input_ids` and shifted inside. -100 and placeholders are ignored.
-            position_ids: of shape (B, T). Without attention_mask, a row may have several samples: `sample_starts`.
+            position_ids: of shape (B, T). Without attention_mask, but with labels or `use_cache=False`, a row may have
+                several samples: `sample_starts`. With a cache, transformers would let them read each other.
 
         Raises:
             ValueError: if the placeholders do not match the images.

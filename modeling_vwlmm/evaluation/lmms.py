@@ -18,7 +18,7 @@ from ..data.images import open_images
 from ..data.message_images import gather_images
 from ..known_fields import check_fields
 from ..modeling_vwlmm import VWLmmForCausalLM
-from ..processing import IMAGE_MARKER
+from ..processing import IMAGE_MARKER, check_processor
 from ..template_check import check_template
 from ..weights import check_shards
 from .generation import generate_answers, inputs_of, prompt_text
@@ -70,6 +70,7 @@ class VWLmm(lmms):
         model: Any = VWLmmForCausalLM.from_pretrained(pretrained, dtype=dtype, **hub)
         self.model = model.to(self.device).eval()
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=False, **hub)
+        check_processor(self.processor, model.config)
         check_template(self.processor, pretrained)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
