@@ -56,10 +56,11 @@ def collator_of(args: VWLmmSFTConfig, processor: Any, columns: list[str], config
 
 def check_batches(args: VWLmmSFTConfig, dataset: Any, collator: Any, peft_config: Any) -> None:
     """`ValueError` if samples with images cannot be packed or laid out as `args` say."""
-    if not (args.packing or args.padding_free):
+    makes_own = args.packing or args.padding_free
+    if not (makes_own or getattr(collator, "padding_free", False)):
         return
     name = "packing" if args.packing else "padding_free"
-    if collator is not None:
+    if makes_own and collator is not None:
         raise ValueError(f"{name} makes its own batches: leave out data_collator, or {name}")
     if getattr(peft_config, "is_prompt_learning", False):
         raise ValueError(

@@ -1,5 +1,7 @@
 """Packed training, and batches of samples that are about equally long."""
 
+import functools
+
 import datasets
 import peft
 import pytest
@@ -165,6 +167,14 @@ def test_a_row_is_too_few_for_two_devices(tmp_path):
             {"peft_config": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
             "PROMPT_TUNING puts tokens before a row",
         ),
+        (
+            {},
+            {
+                "data_collator": functools.partial(VWLmmDataCollator, padding_free=True),
+                "peft_config": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+            },
+            "PROMPT_TUNING puts tokens before a row",
+        ),
     ],
     ids=lambda value: "" if not isinstance(value, str) else value[:20],
 )
@@ -172,7 +182,7 @@ def test_what_cannot_be_is_refused(tmp_path, settings, arguments, message):
     model = tiny_model()
     processor = tiny_processor(model.config)
     if "data_collator" in arguments:
-        arguments = {"data_collator": arguments["data_collator"](processor=processor)}
+        arguments = {**arguments, "data_collator": arguments["data_collator"](processor=processor)}
     with pytest.raises(ValueError, match=message):
         VWLmmSFTTrainer(
             model,
