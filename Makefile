@@ -49,7 +49,7 @@ peers: $(VENV)/installed
 	$(BIN)/python benchmarks/peers/run.py $(if $(TESTS),--tests $(TESTS))
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 attack: $(VENV)/installed
 	$(BIN)/python tests/attack.py

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -14,11 +15,26 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TRANSFORMERS
 # Read by torch when it is imported. Tiny models are no faster with more threads, and much slower beside other work
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest.register_assert_rewrite("helpers")
+FOLDER = Path(__file__).parent
 
 from helpers.conversations import picture, tiny_processor  # noqa: E402
 from helpers.hub_server import local_hub  # noqa: E402
 from helpers.tiny import tiny_model  # noqa: E402
 from modeling_vwlmm.hub import push as hub_module  # noqa: E402
+
+
+# Begun first, so that no worker is left with one of them at the end while the others have nothing to do
+LONGEST = (
+    *("trainer/test_devices.py", "trainer/test_checkpoints.py", "conversion/test_convert.py", "hub/test_push.py"),
+    *("hub/test_push_errors.py", "hub/test_repository.py", "cli/test_export.py", "trainer/test_save_only_trained.py"),
+    *("test_visual_word_loss_in_models.py", "trainer/test_integrity.py", "trainer/test_packing.py", "test_nano.py"),
+    *("trainer/test_padding_free.py", "test_registration.py", "test_readme.py", "test_wheel.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.relative_to(FOLDER).as_posix(), len(places)))
 
 
 @pytest.fixture
