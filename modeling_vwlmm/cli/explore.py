@@ -1,13 +1,9 @@
 """`vwlmm explore`: a local page on which patches are pointed at."""
 
 import os
-import signal
 import socket
-import sys
 import tempfile
-import threading
 from pathlib import Path
-from typing import Any
 
 from .errors import Parser
 from .shared import load, port
@@ -44,10 +40,6 @@ def main(argv: list[str]) -> None:
     examples = Path(arguments.model) / EXAMPLES
     folder = arguments.images or (str(examples) if examples.is_dir() else None)
     images = find_images(folder) if folder else []
-    if threading.current_thread() is threading.main_thread():
-        for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # the latter when a terminal is closed, not on Windows
-            if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:  # nohup ignores one
-                signal.signal(getattr(signal, name), _exit)
     loopback = arguments.host in ("127.0.0.1", "localhost")
     with (
         socket.create_server((arguments.host, arguments.port)) as listening,
@@ -58,8 +50,3 @@ def main(argv: list[str]) -> None:
         app = make_app(models, images, ["127.0.0.1", "localhost"] if loopback else ["*"])
         print(f"http://{arguments.host}:{listening.getsockname()[1]} shows it, Ctrl-C ends it", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
-
-
-def _exit(number: int, frame: Any) -> None:
-    """Ends the process as a signal does, but without the uploads that it would leave behind."""
-    sys.exit(128 + number)

@@ -1,11 +1,12 @@
 """The command line: `vwlmm VERB ...`, or `python -m modeling_vwlmm VERB ...`."""
 
+import contextlib
 import sys
 
 from .. import __version__
 from . import convert, evaluate, explore, export, generate, index, merge, push, search, serve, train, words
 from .errors import check_texts, is_bad_input, refuse
-from .shared import limit_waiting
+from .shared import ending, limit_waiting
 
 
 # `vwlmm --help` lists them in this order
@@ -44,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         limit_waiting()
         check_texts(argv)
-        VERBS[argv[0]].main(argv[1:])
+        with contextlib.nullcontext() if argv[0] == "train" else ending():  # of many, a launcher ends the processes
+            VERBS[argv[0]].main(argv[1:])
     except Exception as error:
         if not is_bad_input(error):
             raise

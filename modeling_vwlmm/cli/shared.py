@@ -1,10 +1,13 @@
 """What several verbs share."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from ..files import reading, replacing
 from .errors import Parser
@@ -110,3 +113,23 @@ def check_picture(parser: Parser, output: str | None, images: Iterable[str]) -> 
 def save_picture(figure: "Figure", output: str) -> None:
     with replacing(output) as beside:
         figure.savefig(beside)
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """Let a process that is told to end leave nothing unfinished: no folder, no upload, no process of its own."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # the latter when a terminal is closed, not on Windows
+            number = getattr(signal, name)
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one
+                before[number] = signal.signal(number, _exit)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit(number: int, frame: Any) -> None:
+    sys.exit(128 + number)

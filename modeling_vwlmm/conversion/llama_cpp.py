@@ -16,6 +16,7 @@ from .checkpoint import Checkpoint, open_checkpoint, read_generation_config, rea
 from .llava import stored_names, text_config_with_image_token, weights_with_image_token
 
 
+LONGEST_MESSAGE = 500  # characters of what the converter says
 LLM_FILE, MMPROJ_FILE = "model.gguf", "mmproj.gguf"
 OUTPUT_TYPES = {None: "auto", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -184,7 +185,8 @@ def _llm(folder: Path, config: VWLmmConfig, processor: LlavaProcessor, tensors: 
 
 def _run(converter: str | os.PathLike, llm: Path, output: Path, output_type: str) -> None:
     command = [sys.executable, os.fspath(converter), os.fspath(llm), "--outfile", os.fspath(output)]
-    run = subprocess.run([*command, "--outtype", output_type], capture_output=True, text=True)
-    if run.returncode or not output.is_file():
+    run = subprocess.run([*command, "--outtype", output_type], capture_output=True, encoding="utf-8", errors="replace")
+    if run.returncode or not (output.is_file() and output.stat().st_size):
         lines = (run.stderr or run.stdout).strip().splitlines() or ["no message"]
-        raise ValueError(f"{converter} did not convert the LLM: {lines[-1]}")
+        said = "".join(character for character in lines[-1][:LONGEST_MESSAGE] if character.isprintable())
+        raise ValueError(f"{converter} did not convert the LLM: {said}")

@@ -15,6 +15,7 @@ from ..data.collator import VWLmmDataCollator
 from ..data.lengths import token_counts
 from ..data.packing import PackedRows, best_fit
 from ..data.reading import ReadingCollator
+from ..files import describe
 from .sft_config import VWLmmSFTConfig
 
 
@@ -133,6 +134,8 @@ class PackedBatches(Trainer):
             return super()._get_train_sampler(train_dataset)
         name = self.args.length_column_name
         lengths = list(dataset[name]) if name in dataset.column_names else self.token_counts.tolist()
+        if wrong := [length for length in lengths if not isinstance(length, int)][:1]:
+            raise ValueError(f"column {name}: found {describe(wrong[0])}, expected the tokens of each sample")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         self._by_length = _GroupedByLength(batch_size, lengths, seed)

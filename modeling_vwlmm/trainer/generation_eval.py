@@ -117,8 +117,8 @@ def sample_of(eval_dataset: Any, processor: Any, args: VWLmmSFTConfig) -> dict[s
     """
     if args.stage == "read" or not isinstance(processor, LlavaProcessor):
         raise ValueError("generation_eval_steps asks about images, which the model does not see in this training")
-    if not isinstance(eval_dataset, dict):
-        eval_dataset = {None: eval_dataset}
+    if not (isinstance(eval_dataset, dict) and eval_dataset):
+        eval_dataset = {None: None if isinstance(eval_dataset, dict) else eval_dataset}
     found = {}
     for name, dataset in eval_dataset.items():
         if not isinstance(dataset, Dataset):

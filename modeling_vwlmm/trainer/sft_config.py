@@ -64,8 +64,9 @@ class VWLmmSFTConfig(VWLmmArguments, SFTConfig):
         if self.packing and self.max_length is None:
             raise ValueError("packing fills rows of max_length tokens, and max_length is null: give a number")
         for name in ("generation_eval_steps", "generation_eval_samples", "generation_eval_max_new_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected 1 or more")
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} is {value!r}, expected 1 or more, a whole number")
         check_loss_fields(self.visual_word_loss_weight, self.visual_word_target)
 
     def check_amount(self, rows: int | None = None) -> None:

@@ -203,21 +203,20 @@ def test_no_upload_is_left_behind(monkeypatch, number):
 
     def run(server, sockets):
         folders.append(Path(os.environ["GRADIO_TEMP_DIR"]))
-        assert folders[0].is_dir()
+        assert folders[0].is_dir() and signal.getsignal(number) != signal.SIG_DFL
         signal.raise_signal(number)  # as uvicorn does of those that it took
 
     monkeypatch.setattr(uvicorn.Server, "run", run)
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # which would end the tests
-    before = {which: signal.signal(which, signal.SIG_IGN) for which in (signal.SIGTERM, signal.SIGHUP)}
+    before = signal.signal(number, signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit) as ended:
             main(["explore", str(NANO), "--port", "0"])
+        assert signal.getsignal(number) == signal.SIG_DFL
     finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
-    assert ended.value.code == 128 + number and folders and not folders[0].exists()
+        signal.signal(number, before)
+    assert ended.value.code == 128 + number and not folders[0].exists()
 
 
 def test_errors(tmp_path, capsys, monkeypatch, model_folder):

@@ -135,3 +135,38 @@ def test_what_the_converter_says_is_passed_on(tmp_path, capsys):
         main([*command, "--converter", str(tmp_path / "convert.py")])
     assert "convert.py did not convert the LLM: BPE pre-tokenizer was not recog" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if "gguf" in path.name] == []
+
+
+@pytest.mark.parametrize(
+    "writes, said",
+    [
+        ("pass", "no message"),
+        ("open(output, 'w').close(); print('done')", "done"),
+        ("os.mkdir(output)", "no message"),
+        ("sys.stderr.buffer.write(b'\\xff bad'); sys.exit(1)", "\ufffd bad"),
+        ("sys.exit('\\x1b[31m' + 'z' * 2**20)", "[31m" + "z" * 495 + "\n"),
+    ],
+)
+def test_a_converter_that_makes_no_file_has_one_line_of_text(tmp_path, capsys, writes, said):
+    save(tiny_model(), tmp_path / "ours")
+    (tmp_path / "convert.py").write_text(f"import os, sys\noutput = sys.argv[3]\n{writes}")
+    command = ["export", str(tmp_path / "ours"), str(tmp_path / "gguf"), "--to", "gguf"]
+    with pytest.raises(SystemExit):
+        main([*command, "--converter", str(tmp_path / "convert.py")])
+    assert f"convert.py did not convert the LLM: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "gguf").exists()
+
+
+def test_an_export_that_is_ended_leaves_nothing(tmp_path):
+    """The converter tells its parent to end, and says so only if it lives on."""
+    save(tiny_model(), tmp_path / "ours")
+    late = tmp_path / "late"
+    (tmp_path / "convert.py").write_text(
+        "import os, pathlib, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\n"
+        f"time.sleep(1)\npathlib.Path({str(late)!r}).touch()\ntime.sleep(60)"
+    )
+    command = ["export", str(tmp_path / "ours"), str(tmp_path / "gguf"), "--to", "gguf"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--converter", str(tmp_path / "convert.py")])
+    assert ended.value.code == 143 and not late.exists()
+    assert [path.name for path in tmp_path.iterdir() if "gguf" in path.name] == []

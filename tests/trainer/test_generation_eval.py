@@ -81,8 +81,12 @@ def test_the_sample_is_the_same_every_time(tmp_path):
 def test_what_cannot_be_asked(tmp_path):
     with pytest.raises(ValueError, match="generation_eval_samples is 0, expected 1 or more"):
         sft_config(tmp_path, generation_eval_samples=0)
-    with pytest.raises(ValueError, match="of a Dataset: no eval_dataset is given"):
-        trainer_with(tmp_path)
+    for steps in (1.5, float("nan"), "2"):
+        with pytest.raises(ValueError, match=f"generation_eval_steps is {steps!r}, expected 1 or more, a whole"):
+            sft_config(tmp_path, generation_eval_steps=steps)
+    for nothing in (None, {}):
+        with pytest.raises(ValueError, match="of a Dataset: no eval_dataset is given"):
+            trainer_with(tmp_path, nothing)
     with pytest.raises(ValueError, match="of a Dataset: the eval_dataset is a IterableDataset"):
         trainer_with(tmp_path, DATA.to_iterable_dataset())
     with pytest.raises(ValueError, match="asks about images, which the model does not see"):

@@ -122,6 +122,14 @@ def test_lengths_that_the_data_bring_are_taken(tmp_path, monkeypatch):
     assert trainer.get_train_dataloader().batch_sampler.sampler.lengths == [10, 20] * 8
 
 
+@pytest.mark.parametrize("length", [None, "10", float("nan")])
+def test_lengths_that_are_no_numbers_are_refused(tmp_path, length):
+    dataset = many().add_column("length", [length] * 16)
+    trainer = trainer_of(tmp_path, dataset=dataset, train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match="^column length: found .*, expected the tokens of each sample"):
+        trainer.get_train_dataloader()
+
+
 def test_evaluation_keeps_the_order(tmp_path):
     trainer = trainer_of(tmp_path, dataset=many(), train_sampling_strategy="group_by_length")
     rows = [batch["input_ids"] for batch in trainer.get_eval_dataloader(many())]
