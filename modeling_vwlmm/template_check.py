@@ -89,7 +89,7 @@ def rendering() -> Iterator[None]:
     """Make a `ValueError` of whatever a template raises, and of one that takes more than `SECONDS`.
 
     A template may loop over what only some conversations hold, which [`check_template`] does not see. Time is taken in
-    the main thread of a process alone.
+    the main thread of a process alone, and of computing: a process may be stopped meanwhile.
     """
     try:
         with _alarm():
@@ -103,16 +103,16 @@ def rendering() -> Iterator[None]:
 @contextlib.contextmanager
 def _alarm() -> Iterator[None]:
     try:
-        before = signal.signal(signal.SIGALRM, _stop)
+        before = signal.signal(signal.SIGVTALRM, _stop)
     except (ValueError, AttributeError):  # another thread, or Windows
         yield
         return
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _stop(number: int, frame: Any) -> None:

@@ -1,6 +1,7 @@
 """Chat templates that do not end, or fill the memory."""
 
 import multiprocessing
+import signal
 import time
 
 import pytest
@@ -63,6 +64,12 @@ def test_loops_over_what_few_conversations_hold_are_stopped_where_they_are_rende
     check_template(processor, "my/model")
     with pytest.raises(ValueError, match="^the chat template does not end within 1 seconds"), rendering():
         processor.apply_chat_template([{"role": "user", "content": "w5"}] * 8)
+
+
+def test_a_process_that_is_stopped_meanwhile_may_go_on():
+    with rendering():
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 < signal.getitimer(signal.ITIMER_VIRTUAL)[0]
+    assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
 
 
 def test_a_template_that_fails_is_one_line(tmp_path, capsys, model_folder, data):
