@@ -22,7 +22,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", help="folder or repository")
     parser.add_argument("images", nargs="+", metavar="image", help="image files")
     parser.add_argument(
-        "--heatmap", nargs="+", metavar="WORD", help="colour where each of these words is, instead of writing words"
+        "--heatmap",
+        nargs="+",
+        metavar="WORD",
+        help="colour where each of these words is, instead of writing words: the brightest patch of each picture has "
+        "the probability that stands above it",
     )
     parser.add_argument("--output", help="the picture to write, .png, .pdf, .svg, ...; this or --json is needed")
     parser.add_argument("--json", action="store_true", help="print the words and probabilities of every patch")

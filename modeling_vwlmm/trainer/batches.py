@@ -56,7 +56,13 @@ def collator_of(args: VWLmmSFTConfig, processor: Any, columns: list[str], config
 
 
 def check_batches(args: VWLmmSFTConfig, dataset: Any, collator: Any, peft_config: Any) -> None:
-    """`ValueError` if samples with images cannot be packed or laid out as `args` say."""
+    """`ValueError` if samples with images cannot be grouped, packed or laid out as `args` say."""
+    by_length = args.train_sampling_strategy in (BY_LENGTH, "batch_rebalance")
+    if by_length and isinstance(dataset, IterableDataset):  # transformers would leave it out without a word
+        raise ValueError(
+            f"train_sampling_strategy is {args.train_sampling_strategy}, which chooses among all samples, and a "
+            "stream does not have them: use padding_free"
+        )
     makes_own = args.packing or args.padding_free
     if not (makes_own or getattr(collator, "padding_free", False)):
         return
@@ -76,7 +82,7 @@ def check_batches(args: VWLmmSFTConfig, dataset: Any, collator: Any, peft_config
         raise ValueError(f'packing_strategy is "{args.packing_strategy}", which cuts samples: expected "bfd"')
     if args.eval_packing:
         raise ValueError("eval_packing is for texts: samples with images are evaluated without padding instead")
-    if args.train_sampling_strategy in (BY_LENGTH, "batch_rebalance"):
+    if by_length:
         raise ValueError(
             f"train_sampling_strategy is {args.train_sampling_strategy}, but packed rows are about equally long: "
             "leave it out"

@@ -169,6 +169,11 @@ def test_a_row_is_too_few_for_two_devices(tmp_path):
         ({"packing": True, "eval_packing": True}, {}, "eval_packing is for texts"),
         ({"packing": True, "train_sampling_strategy": "group_by_length"}, {}, "rows are about equally long"),
         ({"packing": True}, {"train_dataset": conversations().to_iterable_dataset()}, "use padding_free"),
+        (
+            {"train_sampling_strategy": "group_by_length", "max_steps": 1},
+            {"train_dataset": conversations().to_iterable_dataset()},
+            "group_by_length, which chooses among all samples",
+        ),
         ({"padding_free": True}, {"data_collator": VWLmmDataCollator}, "padding_free makes its own batches"),
         (
             {"padding_free": True},
