@@ -152,9 +152,10 @@ def _read_record(record: Any, index: int, data_path: str, folder: ImageFolder) -
         raise ValueError(
             f"{where}: conversations: found {markers} {IMAGE_MARKER} markers, expected {len(names)}, one an image"
         )
-    sample_id = record.get("id")
+    sample_id = str(index if record.get("id") is None else record["id"])
+    _check_text(sample_id, f"{where}: id")
     return {
-        "id": str(index if sample_id is None else sample_id),
+        "id": sample_id,
         "images": [{"path": folder.find(name, where)} for name in names],
         "messages": messages,
         "names": names,
@@ -176,10 +177,7 @@ def _read_turns(turns: Any, where: str) -> list[dict]:
             raise ValueError(f"{field}: found {describe(speaker)}, expected one of {', '.join(ROLES)}")
         if not isinstance(value, str):
             raise ValueError(f"{where}: conversations[{i}].value: found {describe(value)}, expected text")
-        if not value.isascii() and re.search("[\ud800-\udfff]", value):  # JSON can hold it, Arrow cannot
-            raise ValueError(
-                f"{where}: conversations[{i}].value: found half of a surrogate pair, expected text in UTF-8"
-            )
+        _check_text(value, f"{where}: conversations[{i}].value")
         if speaker == "gpt" and not has_human:
             continue
         if speaker != "system" or i > 0:
@@ -193,6 +191,11 @@ def _read_turns(turns: Any, where: str) -> list[dict]:
     if not has_human:
         raise ValueError(f"{where}: conversations: found no turn of human, expected at least one")
     return messages
+
+
+def _check_text(text: str, where: str) -> None:
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):  # JSON can hold it, Arrow cannot
+        raise ValueError(f"{where}: found half of a surrogate pair, expected text in UTF-8")
 
 
 def message_parts(text: str) -> list[dict]:

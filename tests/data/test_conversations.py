@@ -147,6 +147,12 @@ def test_messages_pass_through_trl(load):
             "text in UTF-8",
         ),
         (
+            [{"id": "\ud800", "conversations": turns("Hi", "a")}],
+            "sample 0: id: ",
+            "half of a surrogate pair",
+            "text in UTF-8",
+        ),
+        (
             [{"conversations": turns("Hello", "Hello", speakers=("human", "human"))}],
             "sample 0: conversations[1].from: ",
             "'human'",
