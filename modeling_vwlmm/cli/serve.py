@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "answer requests of OpenAI's chat API"
 EXAMPLE = "vwlmm serve runs/quickstart/joint --port 8000"
+LOOPBACK = ("127.0.0.1", "localhost")
 LARGEST_REQUEST = 64 * 2**20  # bytes
 
 
@@ -45,17 +47,25 @@ def main(argv: list[str]) -> None:
 
     model, processor = load(arguments.model, arguments.adapter)
     name = Path(arguments.model).resolve().name
-    app = make_app(model, processor, name, arguments.image_folder)
+    # A page that has its own name point to this machine would read answers and images
+    is_local = arguments.host in LOOPBACK
+    app = make_app(model, processor, name, arguments.image_folder, LOOPBACK if is_local else ("*",))
     with socket.create_server((arguments.host, arguments.port)) as listening:
         address = f"http://{arguments.host}:{listening.getsockname()[1]}/v1"
         print(f'"{name}" answers at {address}, Ctrl-C ends it', flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
 
 
-def make_app(model: Any, processor: Any, name: str, image_folder: Path | None = None) -> "FastAPI":
-    """The server's application: transformers' chat completions, of one model, for requests that were looked at."""
+def make_app(
+    model: Any, processor: Any, name: str, image_folder: Path | None = None, hosts: Sequence[str] = LOOPBACK
+) -> "FastAPI":
+    """The server's application: transformers' chat completions, of one model, for requests that were looked at.
+
+    Requests name one of `hosts` as their `Host`, or get status 400.
+    """
     from fastapi import FastAPI, HTTPException, Request
     from fastapi.concurrency import run_in_threadpool
+    from fastapi.middleware.trustedhost import TrustedHostMiddleware
     from fastapi.responses import JSONResponse
     from jinja2 import TemplateError
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -75,6 +85,7 @@ def make_app(model: Any, processor: Any, name: str, image_folder: Path | None = 
     manager.force_model = name
     handler = ChatCompletionHandler(manager, GenerationState())
     app = FastAPI(openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
     def refuse(message: str, status: int = 400) -> JSONResponse:
         return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)

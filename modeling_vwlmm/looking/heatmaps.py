@@ -44,7 +44,8 @@ def draw_heatmaps(
 ) -> "Figure":
     """A row an image: as the model sees it, then once for each word with the word's probability as colour.
 
-    The brightest patch of a picture has the word's greatest probability on this image, which stands above it.
+    Colours are the same for all images: the brightest patch has the word's greatest probability on any of them. That on
+    an image stands above it.
     `size` is the longer side of an image in the figure, in pixels.
 
     Returns:
@@ -62,12 +63,13 @@ def draw_heatmaps(
     width, height = max(own_width, size // 2) + margin, own_height + margin + line
     figure, axes = canvas((len(words) + 1) * width + margin, len(images) * height + margin)
     fonts = fonts_for(words)
+    most = probabilities.max((0, 2)).clip(1e-12)  # (words,)
     for y, (image, of_words) in enumerate(zip(images, probabilities, strict=True)):
         seen, top = seen_image(processor, image), y * height + margin
         paste(axes, seen, margin, top + line, own_width, own_height)
         grey = np.asarray(seen.convert("L"))
         for x, (word, values) in enumerate(zip(words, of_words, strict=True), start=1):
-            colors = colormaps["inferno"]((values / max(values.max(), 1e-12)).reshape(rows, columns))
+            colors = colormaps["inferno"]((values / most[x - 1]).reshape(rows, columns))
             colors[..., 3] = 0.55
             left = x * width + margin
             for layer in (np.stack([grey] * 3, axis=-1), colors):

@@ -118,6 +118,13 @@ def test_a_bad_request_is_an_error(client):
     assert ask(client, text="w20")  # it still answers
 
 
+def test_a_page_that_has_its_name_point_here_reads_nothing(client):
+    url, headers = str(client.base_url), {"Host": "evil.example"}
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, default_headers=headers) as rebound:
+        with pytest.raises(openai.BadRequestError):
+            ask(rebound, data_url(0))
+
+
 def test_a_call_that_cannot_be_served_is_one_line(folder, capsys):
     assert "no such image folder" in error_of(capsys, "serve", str(folder / "model"), "--image-folder", "nowhere")
     assert "nowhere" in error_of(capsys, "serve", str(folder / "nowhere"))

@@ -33,6 +33,17 @@ def test_the_patch_with_the_word_is_the_brightest():
     assert means[2] > means[1] > means[0] == means[3]
 
 
+def test_colours_of_a_word_are_the_same_for_all_images():
+    processor = tiny_processor(tiny_model().config)
+    image = Image.new("RGB", (16, 16), (128, 128, 128))
+    probabilities = np.array([[[0.0, 0.0, 0.5, 0.0]], [[0.0, 0.0, 0.1, 0.0]]])
+    both = pixels_of(draw_heatmaps(processor, [image] * 2, ["w"], probabilities, size=100)).sum(-1)
+    alone = pixels_of(draw_heatmaps(processor, [image], ["w"], probabilities[1:], size=100)).sum(-1)
+    row = (both.shape[0] - 4) // 2  # the margin below is 4
+    first, second = (both[y + 28 + 52 : y + 28 + 98, 110:156].mean() for y in (0, row))
+    assert first > second and alone[80:126, 110:156].mean() == pytest.approx(first)
+
+
 def test_heatmaps_from_the_command_line(tmp_path, model_folder, capsys):
     picture(0).save(tmp_path / "a.png")
     arguments = ["words", str(model_folder), str(tmp_path / "a.png"), "--output", str(tmp_path / "heat.png")]
