@@ -25,8 +25,8 @@ def main(argv: list[str]) -> None:
         "--heatmap",
         nargs="+",
         metavar="WORD",
-        help="colour where each of these words is, instead of writing words: the brightest patch of each picture has "
-        "the probability that stands above it",
+        help="colour where each of these words is, instead of writing words; above each picture stands the "
+        "probability of its brightest patch, and colours mean the same for all images",
     )
     parser.add_argument("--output", help="the picture to write, .png, .pdf, .svg, ...; this or --json is needed")
     parser.add_argument("--json", action="store_true", help="print the words and probabilities of every patch")

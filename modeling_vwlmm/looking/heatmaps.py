@@ -44,9 +44,8 @@ def draw_heatmaps(
 ) -> "Figure":
     """A row an image: as the model sees it, then once for each word with the word's probability as colour.
 
-    Colours are the same for all images: the brightest patch has the word's greatest probability on any of them. That on
-    an image stands above it.
-    `size` is the longer side of an image in the figure, in pixels.
+    Colours are the same for all images: the brightest patch has the word's greatest probability on any of them. Its
+    greatest on an image stands above it. `size` is the longer side of an image in the figure, in pixels.
 
     Returns:
         `matplotlib.figure.Figure`: `figure.savefig("heat.png")` writes it.
