@@ -338,4 +338,6 @@ def local_hub(cache):
             "HF_HUB_CACHE": str(cache / "hub"),
         }.items():
             patch.setattr(constants, name, value)
+        # Made once, it would ask the hub of a test before, which is gone, again and again
+        patch.setattr("transformers.utils.hub._hf_api", None)
         yield hub
