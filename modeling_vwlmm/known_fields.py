@@ -17,7 +17,8 @@ _FILES = (
     *("preprocessor_config.json", "tokenizer_config.json"),
 )
 _FREE = ("id2label", "label2id", "task_specific_params", "quantization_config")  # whose keys are no fields
-_NUMBER, _COUNTS, _SIZE = "a number", "a whole number or a list of them", "a whole number, a list or a mapping of them"
+_NUMBER, _COUNTS = "a number", "a whole number or a list of them"
+_SIZE = "a whole number below 100,000,000, a list or a mapping of them"
 _COLOUR = "a list of numbers from 0 to 1"
 _NEVER_NULL = ("num_additional_image_tokens",)
 _KINDS = {
@@ -101,7 +102,9 @@ def _fits(value: Any, kind: str) -> bool:
         return is_number or (isinstance(value, list) and all(_fits(item, _NUMBER) for item in value))
     if kind in (_COUNTS, _SIZE):
         items = list(value.values()) if isinstance(value, dict) and kind == _SIZE else value
-        whole = "a whole number"
-        return is_count or (isinstance(items, list) and all(item is None or _fits(item, whole) for item in items))
+        items = items if isinstance(items, list) else [value]
+        # A library multiplies sizes, or has 32 bits for them
+        most = 10**8 if kind == _SIZE else float("inf")
+        return all(item is None or (_fits(item, "a whole number") and item < most) for item in items)
     found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
     return value == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)

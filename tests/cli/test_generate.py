@@ -61,12 +61,21 @@ def test_shards_outside_of_the_folder_are_not_read(tmp_path, capsys, model_folde
 @pytest.mark.parametrize(
     "file, field, value, expected",
     [
-        ("config.json", "vision_config.image_size", "[1]", "a whole number, a list or a mapping of them"),
+        (
+            "config.json",
+            "vision_config.image_size",
+            "[1]",
+            "a whole number below 100,000,000, a list or a mapping of them",
+        ),
         ("config.json", "text_config.rope_parameters.rope_type", [], "a text"),
         ("config.json", "model_type", [], "a text"),
         ("config.json", "dtype", "none9", "the name of a floating-point dtype of torch"),
         ("config.json", "dtype", 7, "the name of a floating-point dtype of torch"),
-        ("processor_config.json", "patch_size", "x", "a whole number, a list or a mapping of them"),
+        ("processor_config.json", "patch_size", "x", "a whole number below 100,000,000, a list or a mapping of them"),
+        (
+            *("processor_config.json", "image_processor.size", {"shortest_edge": 10**12}),
+            "a whole number below 100,000,000, a list or a mapping of them",
+        ),
         ("processor_config.json", "num_additional_image_tokens", "q", "a whole number"),
         ("processor_config.json", "num_additional_image_tokens", None, "a whole number"),
         ("processor_config.json", "image_processor.image_mean", -1, "a list of numbers from 0 to 1"),
