@@ -19,7 +19,6 @@ _FILES = (
 _FREE = ("id2label", "label2id", "task_specific_params", "quantization_config")  # whose keys are no fields
 _NUMBER, _COUNTS = "a number", "a whole number or a list of them"
 _SIZE = "a whole number below 100,000,000, a list or a mapping of them"
-_COLOUR = "a list of numbers from 0 to 1"
 _NEVER_NULL = ("num_additional_image_tokens",)
 _KINDS = {
     "a text": (
@@ -35,8 +34,7 @@ _KINDS = {
         *("temperature", "top_p", "visual_word_loss_weight"),
     ),
     "true or false": ("do_sample", "do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb"),
-    _COLOUR: ("image_mean",),  # also the colour that pads an image
-    "a number or a list of them": ("image_std",),
+    "a number or a list of them": ("image_mean", "image_std"),
     _COUNTS: ("hidden_size", "intermediate_size", "num_attention_heads", "vision_feature_layer", "eos_token_id"),
     _SIZE: ("image_size", "patch_size", "size", "crop_size"),
     "a text or a mapping": ("image_token", "bos_token", "eos_token", "pad_token", "unk_token"),
@@ -96,8 +94,6 @@ def _fits(value: Any, kind: str) -> bool:
         return isinstance(value, (str, dict))
     if kind == "a list of texts":
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if kind == _COLOUR:
-        return isinstance(value, list) and all(_fits(item, _NUMBER) and 0 <= item <= 1 for item in value)
     if kind == "a number or a list of them":
         return is_number or (isinstance(value, list) and all(_fits(item, _NUMBER) for item in value))
     if kind in (_COUNTS, _SIZE):

@@ -95,10 +95,17 @@ def make_processor(
 
 
 def check_processor(processor: LlavaProcessor, config: VWLmmConfig) -> None:
-    """`ValueError` if a processor does not fit a model: see [`check_tokens`], and it has to count the patches."""
+    """`ValueError` if a processor does not fit a model.
+
+    Its tokens are those of [`check_tokens`], it counts the patches of an image, and it pads images with a colour.
+    """
     check_tokens(processor.tokenizer, processor.image_token, config)
     if not processor.patch_size:
         raise ValueError("the processor has no patch_size: vwlmm convert writes one that counts its model's patches")
+    mean = processor.image_processor.image_mean
+    is_colour = isinstance(mean, (list, tuple)) and all(0 <= value <= 1 for value in mean)
+    if getattr(processor.image_processor, "do_pad", False) and not is_colour:
+        raise ValueError(f"the processor pads with its image_mean {mean}, expected a list of numbers from 0 to 1")
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str, config: VWLmmConfig) -> None:

@@ -47,13 +47,13 @@ def check_template(processor: Any, name: str | os.PathLike) -> None:
         return
     child = multiprocessing.get_context("fork").Process(target=_render, args=[processor])
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # of a fork beside threads: the child takes no lock of theirs
+        # Python warns of a fork beside threads: the child takes no lock of theirs
+        warnings.simplefilter("ignore", DeprecationWarning)
         child.start()
     child.join(6 * SECONDS)
     if child.exitcode is None:  # it waits for something that the fork has left behind
         child.kill()
+        child.join()
         return
     if child.exitcode < 0:  # a signal
         raise ValueError(f"{name}: {_ENDLESS.format(SECONDS)}")

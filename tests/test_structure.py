@@ -7,25 +7,14 @@ import sys
 
 import pytest
 
-from helpers import ROOT
+from helpers import CODE, ROOT
 from helpers.source import FILES, PACKAGE, imports_of, own_imports_of
 
 
 # A room imports from itself, and from those after it
 ROOMS = ["cli", "trainer", "evaluation", "hub", "conversion", "looking", "data", "root"]
 # They travel to the Hub, where nothing else of the package is
-TRAVELS = {
-    f"modeling_vwlmm.{name}"
-    for name in (
-        "compatibility",
-        "configuration_vwlmm",
-        "image_token",
-        "modeling_vwlmm",
-        "strict_loading",
-        "visual_word_loss",
-        "wrapped_weights",
-    )
-}
+TRAVELS = {f"modeling_vwlmm.{name.removesuffix('.py')}" for name in CODE}
 LONGEST = 350
 
 # Names under which a distribution is imported, where they differ from its own

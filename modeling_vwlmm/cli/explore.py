@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from .errors import Parser
-from .shared import load, port
+from .shared import load, names_of, port
 
 
 SUMMARY = "point at patches on a local page, and ask"
@@ -40,13 +40,12 @@ def main(argv: list[str]) -> None:
     examples = Path(arguments.model) / EXAMPLES
     folder = arguments.images or (str(examples) if examples.is_dir() else None)
     images = find_images(folder) if folder else []
-    loopback = arguments.host in ("127.0.0.1", "localhost")
     with (
         socket.create_server((arguments.host, arguments.port)) as listening,
         tempfile.TemporaryDirectory(prefix="vwlmm-") as uploads,
     ):
         os.environ["GRADIO_TEMP_DIR"] = uploads
         models = [Explored(name, *load(name)) for name in (arguments.model, *arguments.compare)]
-        app = make_app(models, images, ["127.0.0.1", "localhost"] if loopback else ["*"])
+        app = make_app(models, images, names_of(arguments.host))
         print(f"http://{arguments.host}:{listening.getsockname()[1]} shows it, Ctrl-C ends it", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

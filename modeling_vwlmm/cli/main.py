@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         limit_waiting()
         check_texts(argv)
-        with contextlib.nullcontext() if argv[0] == "train" else ending():  # of many, a launcher ends the processes
+        # A launcher ends the processes of a training by itself
+        with contextlib.nullcontext() if argv[0] == "train" else ending():
             VERBS[argv[0]].main(argv[1:])
     except Exception as error:
         if not is_bad_input(error):

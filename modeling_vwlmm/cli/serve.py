@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import describe
 from .errors import Parser
-from .shared import load, port
+from .shared import load, names_of, port
 
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "answer requests of OpenAI's chat API"
 EXAMPLE = "vwlmm serve runs/quickstart/joint --port 8000"
-LOOPBACK = ("127.0.0.1", "localhost")
 LARGEST_REQUEST = 64 * 2**20  # bytes
 
 
@@ -47,9 +46,7 @@ def main(argv: list[str]) -> None:
 
     model, processor = load(arguments.model, arguments.adapter)
     name = Path(arguments.model).resolve().name
-    # A page that has its own name point to this machine would read answers and images
-    is_local = arguments.host in LOOPBACK
-    app = make_app(model, processor, name, arguments.image_folder, LOOPBACK if is_local else ("*",))
+    app = make_app(model, processor, name, names_of(arguments.host), arguments.image_folder)
     with socket.create_server((arguments.host, arguments.port)) as listening:
         address = f"http://{arguments.host}:{listening.getsockname()[1]}/v1"
         print(f'"{name}" answers at {address}, Ctrl-C ends it', flush=True)
@@ -57,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_app(
-    model: Any, processor: Any, name: str, image_folder: Path | None = None, hosts: Sequence[str] = LOOPBACK
+    model: Any, processor: Any, name: str, hosts: Sequence[str], image_folder: Path | None = None
 ) -> "FastAPI":
     """The server's application: transformers' chat completions, of one model, for requests that were looked at.
 

@@ -94,6 +94,12 @@ def port(text: str) -> int:
     return int(text)
 
 
+def names_of(host: str) -> list[str]:
+    """The names that requests may call a server by: a page that has its own name lead to this machine has another."""
+    loopback = ["127.0.0.1", "localhost"]
+    return loopback if host in loopback else ["*"]
+
+
 def check_picture(parser: Parser, output: str | None, images: Iterable[str]) -> None:
     """End the command if a picture cannot be written: format or folder is unknown, or it would replace an image."""
     if output is None:

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoProcessor, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.exporters import AutoHfExporter, ExportedModel, OnnxConfig, OpenVINOConfig
 
-from ..files import new_folder, reading
+from ..files import new_folder, reading, remove_code
 from ..modeling_vwlmm import VWLmmForCausalLM
-from .checkpoint import open_checkpoint
+from ..weights import check_shards
+from .checkpoint import open_checkpoint, read_processor
 
 
 # With the cache as input and output in both: a cache inside the graph would keep transformers from running it
@@ -74,9 +75,10 @@ def export_graphs(
         extra = f"modeling-vwlmm[{export_format}]"
         raise ImportError(f'{export_format} needs more: pip install "{extra}" ({error})') from error
     folder, _ = open_checkpoint(source)
+    check_shards(folder)
+    processor = read_processor(folder)
     with reading(folder):
         model = VWLmmForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
-        processor = AutoProcessor.from_pretrained(folder)
     with new_folder(destination) as unfinished, torch.no_grad():
         components = {
             name: exporter.export(part, inputs, CONFIGS[export_format]).components["model"]
@@ -86,7 +88,9 @@ def export_graphs(
             components, export_format, config=model.config, generation_config=model.generation_config
         )
         exported.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
+        if processor is not None:
+            processor.save_pretrained(unfinished)
+        remove_code(unfinished)
 
 
 def _parts(model: VWLmmForCausalLM) -> dict[str, tuple[Any, dict[str, Any]]]:

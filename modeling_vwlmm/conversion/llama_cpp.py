@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -73,6 +74,12 @@ def convert_to_gguf(
         raise ValueError(f"{source} {reason}")
     if not Path(converter).is_file():
         raise FileNotFoundError(f"{converter}: no such file, expected the convert_hf_to_gguf.py of llama.cpp")
+    if config.vision_config.model_type == "clip_vision_model":
+        warnings.warn(
+            "llama.cpp puts CLIP's class embedding behind the patches, its issue 25814: until that is mended, answers "
+            "differ from those of this model",
+            stacklevel=2,
+        )
     tensors = weights_with_image_token(folder, config)
     with new_folder(destination) as unfinished:
         _write_mmproj(unfinished / MMPROJ_FILE, config, processor, tensors, dtype)

@@ -1,5 +1,6 @@
 """Merging of an adapter into its base model."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -47,10 +48,12 @@ def merge(adapter: str | os.PathLike, destination: str | os.PathLike, dtype: str
 def _processor_of(adapter: str | os.PathLike, base: str) -> Any:
     """The processor of an adapter, or that of its base where it has none, as PEFT saves it by itself."""
     if os.path.isdir(adapter):
-        return read_processor(Path(adapter)) or AutoProcessor.from_pretrained(base, trust_remote_code=False)
-    try:
-        return AutoProcessor.from_pretrained(adapter, trust_remote_code=False)
-    except (OSError, ValueError):
+        if (processor := read_processor(Path(adapter))) is not None:
+            return processor
+    else:
+        with contextlib.suppress(OSError, ValueError):
+            return AutoProcessor.from_pretrained(adapter, trust_remote_code=False)
+    with reading(f"the processor of {base}"):
         return AutoProcessor.from_pretrained(base, trust_remote_code=False)
 
 

@@ -1,5 +1,6 @@
 """`vwlmm export`."""
 
+import json
 import os
 import subprocess
 import sys
@@ -60,7 +61,11 @@ def test_graphs_generate_the_same(to, package, tmp_path):
     model = tiny_model(pseudo_image_features=True)
     model.save_pretrained(tmp_path / "model")
     tiny_processor(model.config).save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "processor_config.json"
+    code = {"auto_map": {"AutoProcessor": "evil.Evil"}}  # which is neither run nor written
+    config.write_text(json.dumps({**json.loads(config.read_text()), **code}))
     main(["export", str(tmp_path / "model"), str(tmp_path / "graphs"), "--to", to])
+    assert not any("auto_map" in path.read_text() for path in (tmp_path / "graphs").glob("*.json"))
     options = {"config": {"INFERENCE_PRECISION_HINT": "f32"}} if to == "openvino" else {}
     graphs = ExportedModel.from_pretrained(tmp_path / "graphs").to(**options).runners
 

@@ -16,7 +16,7 @@ from helpers.conversations import picture, tiny_processor
 from helpers.tiny import tiny_model
 from modeling_vwlmm.cli import main
 from modeling_vwlmm.cli.serve import make_app
-from modeling_vwlmm.cli.shared import load
+from modeling_vwlmm.cli.shared import load, names_of
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def client(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    app = make_app(*load(str(folder / "model")), "model", folder)
+    app = make_app(*load(str(folder / "model")), "model", names_of("127.0.0.1"), folder)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
